@@ -1,0 +1,1 @@
+"""The jobs: data, train, tune, evaluate, track and the command line."""

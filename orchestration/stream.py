@@ -1,0 +1,246 @@
+"""Ray Data streams the rows of a run from S3 to its workers, each in the order of the plan.
+
+A stream is a list of items: the validation rows first, then the training steps in windows, then the test rows, once, at
+the end. One Ray Data task reads one item and yields one row for each rank, in rank order; that row carries the rank's
+part of the item as Arrow IPC bytes, which no block splitter can cut or merge. With `preserve_order` the streaming split
+hands these rows to the ranks in turn. `open_stream` checks what arrives against the plan, so a stream out of order is an
+error and never a silently different run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from orchestration import storage
+from orchestration.manifest import Manifest
+from orchestration.sampling import TrainPlan, rank_slice
+from orchestration.split import SplitRows
+from tinyemo.config import Section
+from tinyemo.errors import DataError, TrainingError
+
+if TYPE_CHECKING:
+    import ray.data
+
+Split = Literal["validation", "train", "test"]
+EVALUATION_ROWS = 16_384  # rows of one validation or test item: 25 MB of 768 float16
+
+
+class DataConfig(Section):
+    """Which data a run reads, and in which order."""
+
+    dataset: str = Field("s3://tinyemo/datasets/emotion6", pattern=r"^s3://[^/]+/.+")
+    """S3 address of an ingested data set; its newest version, or one version with `/<version>` at the end."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Part of the train split kept for validation, of each label, by id hash."""
+    validation_fold: NonNegativeInt = 0
+    """Which such part: fold k takes the k-th."""
+    shuffle_pool_rows: PositiveInt = 65_536
+    """Rows shuffled together; a split with fewer rows is permuted as a whole."""
+    steps_per_window: PositiveInt = 50
+    """Optimizer steps that one Ray Data task reads."""
+
+
+@dataclass(frozen=True)
+class StreamItem:
+    """One task's reading: optimizer steps [first, last) of train, or rows [first, last) of another split."""
+
+    split: Split
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Everything a task needs to read any item; travels to the tasks, so it holds indices and no features."""
+
+    manifest: Manifest
+    train: TrainPlan
+    splits: dict[Split, SplitRows]
+    world_size: int
+    steps_per_window: int
+    is_tested: bool = True
+    """Whether the test rows are handed out at the end."""
+
+    def items(self, start_step: int) -> list[StreamItem]:
+        """The items of a run that starts at `start_step`."""
+        windows = self.train.windows(start_step, self.steps_per_window)
+        return [
+            *self._whole("validation"),
+            *(StreamItem("train", first, last) for first, last in windows),
+            *(self._whole("test") if self.is_tested else []),
+        ]
+
+    def _whole(self, split: Split) -> list[StreamItem]:
+        num_rows = len(self.splits[split])
+        return [StreamItem(split, i, min(i + EVALUATION_ROWS, num_rows)) for i in range(0, num_rows, EVALUATION_ROWS)]
+
+    def positions(self, item: StreamItem, rank: int) -> NDArray[np.int64]:
+        """Row positions in the item's split that `rank` gets, step after step."""
+        if item.split != "train":
+            part = rank_slice(item.last - item.first, rank, self.world_size)
+            return np.arange(item.first + part.start, item.first + part.stop)
+        part = rank_slice(self.train.global_batch_size, rank, self.world_size)
+        return np.concatenate([self.train.global_batch(step)[part] for step in range(item.first, item.last)])
+
+    def read(self, item: StreamItem) -> Iterator[dict[str, Any]]:
+        """One row for each rank, in rank order."""
+        rows = self.splits[item.split]
+        for rank in range(self.world_size):
+            positions = self.positions(item, rank)
+            table = read_rows(self.manifest, rows.take(positions))
+            if item.split == "train":
+                steps = range(item.first, item.last)
+                labels = np.concatenate([rows.label[self.train.global_batch(step)] for step in steps])
+            else:
+                labels = rows.label[positions]
+            yield {
+                "split": item.split,
+                "first": item.first,
+                "last": item.last,
+                "rank": rank,
+                "rows": _to_ipc(table.append_column("position", pa.array(positions))),
+                "labels": labels.astype(np.int64).tobytes(),
+            }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank gets of an optimizer step, or of an evaluation split.
+
+    Attributes:
+        step: of the first row's step; for evaluation the first row of the item.
+        ids: of this rank's rows.
+        features: (B_local, d) float16 or float32.
+        labels: int64 index into the taxonomy's words; in train of the whole global batch (B,), rank after rank, since
+            contrastive losses need them all, in evaluation of this rank's rows (B_local,).
+    """
+
+    split: Split
+    step: int
+    ids: list[str]
+    features: NDArray[Any]
+    labels: NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_shard(uri: str, sha256: str) -> pa.Table:
+    """One shard, checked against the manifest; a process keeps the last 64 it read."""
+    data = storage.read_bytes(uri)
+    storage.verify_sha256(data, sha256, uri)
+    try:
+        table: pa.Table = pq.read_table(pa.BufferReader(data), columns=["id", "features"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri}: not a readable Parquet shard ({error}); ingest the data set again") from error
+    return table.combine_chunks()
+
+
+def read_rows(manifest: Manifest, rows: SplitRows) -> pa.Table:
+    """Columns id and features of `rows`, in their order."""
+    tables, places = [], []
+    for shard in np.unique(rows.shard):
+        place = np.flatnonzero(rows.shard == shard)
+        entry = manifest.shards[int(shard)]
+        tables.append(_read_shard(f"{manifest.uri}/{entry.path}", entry.sha256).take(pa.array(rows.row[place])))
+        places.append(place)
+    if not tables:
+        width, kind = manifest.feature_width, pa.type_for_alias(manifest.feature_dtype)
+        return pa.table({"id": pa.array([], pa.string()), "features": pa.array([], pa.list_(kind, width))})
+    return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def features_array(table: pa.Table) -> NDArray[Any]:
+    """The features of a table, (N, d) in their stored type, without a copy where the column is one chunk."""
+    column = table["features"].combine_chunks()
+    return np.asarray(column.flatten()).reshape(len(table), -1 if len(table) else column.type.list_size)
+
+
+def build_dataset(plan: StreamPlan, start_step: int) -> ray.data.Dataset:
+    """The Ray Data pipeline of a run from `start_step` on; nothing runs until the workers iterate."""
+    import ray.data
+
+    items = [{"split": item.split, "first": item.first, "last": item.last} for item in plan.items(start_step)]
+
+    def read(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
+        for split, first, last in zip(batch["split"], batch["first"], batch["last"], strict=True):
+            for row in plan.read(StreamItem(split, int(first), int(last))):
+                yield {name: [value] for name, value in row.items()}
+
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    return dataset.map_batches(read, batch_size=1, num_cpus=0.5)
+
+
+def configure_ray_data() -> Any:
+    """Set Ray Data of this process to hand out blocks in order, a row each; the DataConfig for the trainer."""
+    import ray.data
+    import ray.train
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    # A block is closed as soon as it holds a row: each carries one rank's part of one item.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.DataConfig(execution_options=options)
+
+
+def open_stream(shard: ray.data.DataIterator, plan: StreamPlan, *, rank: int, start_step: int) -> Iterator[Batch]:
+    """This rank's batches in the order of the plan; train rows before `start_step` are passed over.
+
+    Raises:
+        TrainingError: the stream handed out something else than the plan says.
+    """
+    expected: list[StreamItem] | None = None
+    for block in shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
+        for row in block.to_pylist():
+            item = StreamItem(row["split"], row["first"], row["last"])
+            if expected is None:
+                expected = _expected_items(plan, item, start_step)
+            if row["rank"] != rank or not expected or item != expected.pop(0):
+                raise TrainingError(
+                    f"rank {rank} was handed {item} of rank {row['rank']}, which the plan does not have here; "
+                    "Ray Data did not preserve the order, please report it"
+                )
+            yield from _batches(plan, item, row, rank, start_step)
+    if expected:
+        raise TrainingError(f"rank {rank}: the stream ended {len(expected)} items before the plan does")
+
+
+def _expected_items(plan: StreamPlan, first: StreamItem, start_step: int) -> list[StreamItem]:
+    """The plan's items; a stream may have been cut at an earlier step than this rank's checkpoint, never at a later."""
+    if first.split == "train" and first.first > start_step:
+        raise TrainingError(f"the stream starts at step {first.first}, after the checkpoint's step {start_step}")
+    return plan.items(first.first if first.split == "train" else start_step)
+
+
+def _batches(plan: StreamPlan, item: StreamItem, row: dict[str, Any], rank: int, start_step: int) -> Iterator[Batch]:
+    table = pa.ipc.open_stream(row["rows"]).read_all()
+    positions = np.asarray(table["position"])
+    if not np.array_equal(positions, plan.positions(item, rank)):
+        raise TrainingError(f"rank {rank}: {item} does not hold the rows of the plan")
+    ids, features = table["id"].to_pylist(), features_array(table)
+    labels = np.frombuffer(row["labels"], dtype=np.int64)
+    if item.split != "train":
+        yield Batch(item.split, item.first, ids, features, labels)
+        return
+    num_local = len(ids) // (item.last - item.first)
+    num_global = plan.train.global_batch_size
+    for i, step in enumerate(range(item.first, item.last)):
+        if step >= start_step:
+            local, whole = slice(i * num_local, (i + 1) * num_local), slice(i * num_global, (i + 1) * num_global)
+            yield Batch("train", step, ids[local], features[local], labels[whole])

@@ -1,0 +1,31 @@
+"""The one tree of exceptions: the command line prints these in one line and exits 2."""
+
+from __future__ import annotations
+
+
+class TinyEmoError(Exception):
+    """Something a user can act on; its text is one line that says what to do."""
+
+
+class ConfigError(TinyEmoError):
+    """A recipe, an option or an environment variable has a value that cannot be used."""
+
+
+class DataError(TinyEmoError):
+    """Input data is missing, corrupt or of the wrong shape."""
+
+
+class AssetError(TinyEmoError):
+    """No source of an asset answered, or what came is not what the catalogue names."""
+
+
+class StorageError(TinyEmoError):
+    """S3 cannot be reached, refuses the credentials, or lacks the bucket or object."""
+
+
+class PlatformError(TinyEmoError):
+    """A server of the local platform does not start, answer or stop."""
+
+
+class TrainingError(TinyEmoError):
+    """A run cannot start, go on or be resumed."""
