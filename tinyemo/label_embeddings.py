@@ -1,0 +1,175 @@
+"""Label embeddings: where each emotion word lies in the input-embedding space of a language model.
+
+A label's embedding is the mean of its tokens' input embeddings (arXiv 2410.07062), without a forward pass, so the
+embedding table is all that is read. Not normalised here; the losses and the classifier do that.
+
+Shape letters: T texts, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tinyemo.atomic_files import write_atomically
+from tinyemo.config import Section
+from tinyemo.embedding_tables import EmbeddingTable
+from tinyemo.errors import ConfigError, DataError
+from tinyemo.families import FAMILY
+from tinyemo.taxonomies import LABELS, canonical_word, render, synonyms
+
+
+class LabelConfig(Section):
+    """Which words are the labels, and what text and language model stand for them."""
+
+    llm: str = "smollm2-135m"
+    """Name in the family whose input embeddings are the labels' space."""
+    llm_weights: Literal["real", "random"] = "real"
+    """real: the language model's own table; random: a seeded one of the same width, and every result says so."""
+    template: str = "word"
+    """word, emotion, image, scene, or a text with {emotion} in it."""
+    taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
+    """The labels that are told apart."""
+    synonyms_probability: float = Field(0.0, ge=0, le=1)
+    """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
+    seed: int = Field(0, ge=0)
+    """Of the random table."""
+
+    @field_validator("llm")
+    @classmethod
+    def _is_in_family(cls, value: str) -> str:
+        if value not in FAMILY:
+            raise ValueError(f"must be one of {', '.join(FAMILY)}")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        try:
+            render(value, "joy")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+@dataclass(frozen=True)
+class LabelEmbeddings:
+    """Words and their vectors, with what they were made from."""
+
+    words: tuple[str, ...]
+    """T words in canonical spelling."""
+    vectors: Tensor
+    """(T, D) float32, not normalised."""
+    llm: str
+    """Name of the language model."""
+    llm_revision: str
+    """Which weights of it."""
+    llm_weights: Literal["real", "random"]
+    """Whether the table was the model's own."""
+    template: str
+    """Name or text of the label template."""
+
+    def select(self, words: Sequence[str]) -> Tensor:
+        """(len(words), D) float32, in the order asked; aliases are accepted.
+
+        Raises:
+            DataError: some words have no embedding here; the message names them.
+        """
+        missing = self.missing(words)
+        if missing:
+            raise DataError(
+                f"no label embedding for {', '.join(missing)}: embed these words with the table of {self.llm} first"
+            )
+        place = {word: index for index, word in enumerate(self.words)}
+        return self.vectors[[place[canonical_word(word)] for word in words]]
+
+    def missing(self, words: Sequence[str]) -> tuple[str, ...]:
+        """Those of `words` that have no embedding here, in canonical spelling."""
+        known = set(self.words)
+        return tuple(dict.fromkeys(w for w in map(canonical_word, words) if w not in known))
+
+    def extended(self, other: LabelEmbeddings) -> LabelEmbeddings:
+        """These and the other's new words, which must come from the same table and template.
+
+        Raises:
+            DataError: language model, revision, weights, template or width differ.
+        """
+        for field in ("llm", "llm_revision", "llm_weights", "template"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise DataError(f"label embeddings do not fit together: {field} is {mine!r} here and {theirs!r} there")
+        new = self.missing(other.words)
+        if not new:
+            return self
+        return replace(self, words=(*self.words, *new), vectors=torch.cat([self.vectors, other.select(new)]))
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically; everything but the vectors is in its metadata."""
+        metadata = {
+            "words": json.dumps(self.words),
+            "llm": self.llm,
+            "llm_revision": self.llm_revision,
+            "llm_weights": self.llm_weights,
+            "template": self.template,
+        }
+        write_atomically(path, save({"vectors": self.vectors.contiguous()}, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> LabelEmbeddings:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: no such file, or not such a file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, vectors = file.metadata() or {}, file.get_tensor("vectors")
+            words = tuple(json.loads(metadata.pop("words")))
+            loaded = cls(words=words, vectors=vectors, **metadata)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a file of label embeddings: {error}") from error
+        if loaded.vectors.shape[0] != len(words):
+            raise DataError(f"{path} names {len(words)} words and holds {loaded.vectors.shape[0]} vectors")
+        return loaded
+
+
+def known_words() -> tuple[str, ...]:
+    """Every label, then every synonym that is no label, each once and in a fixed order."""
+    return tuple(dict.fromkeys((*LABELS, *(text for label in LABELS for text in synonyms(label)))))
+
+
+def embed_labels(table: EmbeddingTable, words: Sequence[str], template: str) -> LabelEmbeddings:
+    """The mean of the input embeddings of each label text's tokens, without special tokens.
+
+    The text is tokenised as the template renders it, with no space put before it. In a byte-level BPE such as SmolLM2's
+    a leading space would choose other tokens (one for most words, where the bare word may take several); the published
+    recipe does not say, and the bare text is what a tokenizer does by default.
+
+    Raises:
+        DataError: a word has no token.
+    """
+    spelled = tuple(dict.fromkeys(canonical_word(word) for word in words))
+    ids_by_word = [table.tokenize(render(template, word)) for word in spelled]
+    for word, ids in zip(spelled, ids_by_word, strict=True):
+        if not ids:
+            raise DataError(f"label {word!r} has no token in the vocabulary of {table.name}: choose another word")
+    lengths = [len(ids) for ids in ids_by_word]
+    rows = table.rows([token for ids in ids_by_word for token in ids])
+    vectors = torch.stack([part.mean(0) for part in torch.split(rows, lengths)])
+    return LabelEmbeddings(
+        words=spelled,
+        vectors=vectors,
+        llm=table.name,
+        llm_revision=table.revision,
+        llm_weights="random" if table.is_random else "real",
+        template=template,
+    )

@@ -1,0 +1,149 @@
+"""The losses that pull an image to its label: three published ones (arXiv 2410.07062) and `prototype`, ours.
+
+All are vectorised, take L2-normalised embeddings, and compute in float32 or wider (float64 stays float64).
+
+Shape letters: B batch, T texts, C classes, D width. s(i, t) is the cosine of image i and text t, tau the temperature.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from tinyemo.config import Section
+from tinyemo.distributed import at_least_float32
+
+PUBLISHED_TEMPERATURES = {"nt_xent": 0.07, "info_nce": 0.1, "prototype": 0.07}
+"""By loss; prototype's is ours."""
+
+
+class LossConfig(Section):
+    """Which loss trains the projector."""
+
+    name: Literal["cosine", "nt_xent", "info_nce", "prototype"] = "nt_xent"
+    """cosine, nt_xent and info_nce are published; prototype is a softmax over all labels of the taxonomy."""
+    temperature: PositiveFloat | None = None
+    """Divides cosines; none takes the published value of the loss. The cosine loss has no temperature."""
+    margin: float = Field(0.5, ge=-1, le=1)
+    """Of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the prototype loss: the share of the target that is spread over all labels."""
+
+
+def cosine_embedding(image_embeds: Tensor, text_embeds: Tensor, *, margin: float = 0.5) -> Tensor:
+    """Pull each image to its own label text; nothing pushes.
+
+    Args:
+        image_embeds: (B, D) float, L2-normalised.
+        text_embeds: (B, D) float, L2-normalised; row i is the label text of image i.
+        margin: as published; every target is +1, so it never acts.
+
+    Returns:
+        () float32, mean of 1 - s(i, t) over B, in [0, 2].
+    """
+    images, texts = at_least_float32(image_embeds), at_least_float32(text_embeds)
+    return F.cosine_embedding_loss(images, texts, images.new_ones(len(images)), margin=margin)
+
+
+def nt_xent(image_embeds: Tensor, text_embeds: Tensor, labels: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """Pull each image to every text of its label, each against all texts of other labels.
+
+    One term for each pair (image, text) of the same label: -log(e^(s/tau) / (e^(s/tau) + sum over other labels'
+    texts)). Equal to pytorch-metric-learning's NTXentLoss with image anchors and text references.
+
+    Args:
+        image_embeds: (B, D) float, L2-normalised.
+        text_embeds: (B, D) float, L2-normalised; row i is the label text of image i.
+        labels: (B,) int64; texts of the same label are positives.
+        temperature: > 0.
+
+    Returns:
+        () float32, nats, mean over positive pairs. 0 where every row has the same label (nothing to push from).
+    """
+    logits = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T / temperature
+    is_positive = labels[:, None] == labels[None, :]
+    # The lowest finite number and not -inf: where no negative exists, -inf would turn the gradient into NaN.
+    negatives = logits.masked_fill(is_positive, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)
+    losses = -F.logsigmoid(logits - negatives)
+    return losses.masked_fill(~is_positive, 0).sum() / is_positive.sum()
+
+
+def info_nce(image_embeds: Tensor, text_embeds: Tensor, labels: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Pull each image to its own label text and push it from the texts of other labels.
+
+    The reference code adds n_pos - 1 negatives to the numerator; this follows the definition.
+
+    Args:
+        image_embeds: (B, D) float, L2-normalised.
+        text_embeds: (B, D) float, L2-normalised; row i is the label text of image i.
+        labels: (B,) int64; texts of the same label are never negatives.
+        temperature: > 0.
+
+    Returns:
+        () float32, nats, mean over B. 0 where every row has the same label (there is nothing to push from).
+    """
+    logits = at_least_float32(image_embeds) @ at_least_float32(text_embeds).T / temperature
+    is_own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    is_left_out = (labels[:, None] == labels[None, :]) & ~is_own
+    logits = logits.masked_fill(is_left_out, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(labels), device=labels.device))
+
+
+def prototype(
+    image_embeds: Tensor,
+    label_embeds: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 0.07,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Softmax over all labels of the taxonomy, whatever the batch holds (ours).
+
+    Args:
+        image_embeds: (B, D) float, L2-normalised.
+        label_embeds: (C, D) float, L2-normalised.
+        targets: (B,) int64 in [0, C).
+        temperature: > 0.
+        label_smoothing: in [0, 1).
+
+    Returns:
+        () float32, nats, mean over B.
+    """
+    logits = at_least_float32(image_embeds) @ at_least_float32(label_embeds).T / temperature
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def compute_loss(  # noqa: PLR0917  each tensor is named like the parameter at the one call
+    config: LossConfig,
+    image_embeds: Tensor,
+    labels: Tensor,
+    text_rows: Tensor,
+    text_table: Tensor,
+    label_embeds: Tensor,
+) -> Tensor:
+    """The configured loss of one batch; image_embeds, text_table and label_embeds are L2-normalised by the caller.
+
+    Args:
+        config: name and constants of the loss.
+        image_embeds: (B, D) float.
+        labels: (B,) int64, rows of `label_embeds`.
+        text_rows: (B,) int64, rows of `text_table`: the label's own text, or a synonym's.
+        text_table: (T, D) float.
+        label_embeds: (C, D) float.
+
+    Returns:
+        () float32.
+    """
+    if config.name == "cosine":
+        return cosine_embedding(image_embeds, text_table[text_rows], margin=config.margin)
+    temperature = config.temperature or PUBLISHED_TEMPERATURES[config.name]
+    if config.name == "prototype":
+        return prototype(
+            image_embeds, label_embeds, labels, temperature=temperature, label_smoothing=config.label_smoothing
+        )
+    contrast = {"nt_xent": nt_xent, "info_nce": info_nce}[config.name]
+    return contrast(image_embeds, text_table[text_rows], labels, temperature=temperature)
