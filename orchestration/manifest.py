@@ -183,6 +183,19 @@ def _check_bytes(reference: FileRef, uri: str, data: bytes) -> None:
         )
 
 
+def read_file(manifest: Manifest, file: FileRef) -> bytes:
+    """The bytes of one file of the version, checked against the manifest's sha256.
+
+    Raises:
+        DataError: where they are not the ones that were ingested.
+        StorageError: where S3 cannot be read.
+    """
+    uri = manifest.file_uri(file.path)
+    data = storage.read_bytes(uri)
+    _check_bytes(file, uri, data)
+    return data
+
+
 def read_index(manifest: Manifest) -> pa.Table:
     """One line per row with the columns of INDEX_SCHEMA, checked against the manifest's sha256.
 
@@ -190,9 +203,7 @@ def read_index(manifest: Manifest) -> pa.Table:
         DataError: where the index is corrupt or counts other rows than the manifest.
     """
     uri = manifest.file_uri(manifest.index.path)
-    data = storage.read_bytes(uri)
-    _check_bytes(manifest.index, uri, data)
-    table = pq.read_table(io.BytesIO(data))
+    table = pq.read_table(io.BytesIO(read_file(manifest, manifest.index)))
     if table.schema != INDEX_SCHEMA or table.num_rows != manifest.rows_kept:
         raise DataError(f"{uri} is not the index of its manifest: ingest the data set again with --force")
     return table

@@ -148,7 +148,7 @@ def _describe(error: Exception, uri: str) -> StorageError:
         return _describe_answer(str(error.response.get("Error", {}).get("Code", "unknown")), uri, where)
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return StorageError(f"no S3 credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if isinstance(error, botocore.exceptions.HTTPClientError):
+    if isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.ConnectionError):
         return StorageError(
             f"S3 at {where} does not answer for {uri} ({type(error).__name__}): "
             "start it (`tinyemo platform up`) or set AWS_ENDPOINT_URL"
@@ -222,6 +222,13 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
                 return False
             raise
     return True
+
+
+def delete(uri: str) -> None:
+    """Remove the object; harmless where there is none."""
+    bucket, key = parse_s3_uri(uri)
+    with _typed_errors(uri):
+        client().delete_object(Bucket=bucket, Key=key)
 
 
 def read_json(uri: str) -> Any:

@@ -1,0 +1,190 @@
+"""One version of a data set on its way into S3: shards, index and rejected rows; never the manifest itself."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestration import storage
+from orchestration.inputs import Input
+from orchestration.manifest import INDEX_SCHEMA, VERSION_LENGTH, FileRef, Manifest, Rejected, Shard, SplitCounts
+from orchestration.validation import Rejection
+from tinyemo.taxonomies import label_id
+
+MAX_WAITING_UPLOADS = 2 * storage.TRANSFER_THREADS
+"""Shards that may wait in memory for a free upload thread."""
+
+Advance = Callable[[str, int, int], None]
+"""Called with (stage, units done, units in all)."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """Where a version goes and how it is cut."""
+
+    uri: str
+    name: str
+    taxonomy: str
+    rows_per_shard: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept rows in the order in which they are stored: by split, then by id hash."""
+
+    table: pa.Table
+    """split, id, label, id_hash, vector_hash, position."""
+    offsets: dict[str, tuple[int, int]]
+    """Split -> first row and end row in `table`."""
+    rejections: list[Rejection]
+    digest: str
+
+
+class _Uploads:
+    """A bounded queue of uploads; the first failure comes out of `put` or at the end of `_open_uploads`."""
+
+    def __init__(self, uri: str, pool: ThreadPoolExecutor) -> None:
+        self._uri = uri
+        self._pool = pool
+        self._waiting: set[Future[None]] = set()
+
+    def put(self, path: str, data: bytes) -> FileRef:
+        """Queue one file; waits where MAX_WAITING_UPLOADS are queued already."""
+        while len(self._waiting) >= MAX_WAITING_UPLOADS:
+            self._collect()
+        self._waiting.add(self._pool.submit(storage.write_bytes, f"{self._uri}/{path}", data))
+        return FileRef(path=path, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def _collect(self) -> None:
+        done, self._waiting = wait(self._waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+
+    def finish(self) -> None:
+        """Wait for all; raises what an upload raised."""
+        while self._waiting:
+            self._collect()
+
+
+@contextmanager
+def _open_uploads(uri: str) -> Iterator[_Uploads]:
+    pool = ThreadPoolExecutor(storage.TRANSFER_THREADS, thread_name_prefix="upload")
+    try:
+        uploads = _Uploads(uri, pool)
+        yield uploads
+        uploads.finish()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> Manifest:
+    """Store shards, index and rejected rows; the manifest that may be written when this returns."""
+    features = np.memmap(staged, dtype=rows.feature_dtype, mode="r").reshape(-1, rows.feature_width)
+    reasons = Counter(str(rejection.reason) for rejection in plan.rejections)
+    shards: list[Shard] = []
+    num_shards = sum(-(-(end - first) // version.rows_per_shard) for first, end in plan.offsets.values())
+    with _open_uploads(version.uri) as uploads:
+        for split, (first, end) in plan.offsets.items():
+            for number, start in enumerate(range(first, end, version.rows_per_shard)):
+                part = plan.table.slice(start, min(version.rows_per_shard, end - start))
+                stored = uploads.put(f"{split}-{number:05d}.parquet", _shard_bytes(part, features))
+                shards.append(Shard(**stored.model_dump(), split=split, rows=part.num_rows))
+                advance("upload", len(shards), num_shards)
+        index = uploads.put("index.parquet", _parquet_bytes(_index_table(plan, version.rows_per_shard)))
+        rejected = uploads.put("rejected.parquet", _parquet_bytes(_rejected_table(plan.rejections)))
+    labels = plan.table["label"]
+    return Manifest(
+        name=version.name,
+        version=plan.digest[:VERSION_LENGTH],
+        digest=plan.digest,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        data=rows.data,
+        source=rows.description,
+        feature_width=rows.feature_width,
+        feature_dtype=rows.feature_dtype,
+        taxonomy=version.taxonomy,
+        rows_per_shard=version.rows_per_shard,
+        rows_in=plan.table.num_rows + len(plan.rejections),
+        splits={
+            split: SplitCounts(
+                rows=end - first, labels=dict(sorted(Counter(labels.slice(first, end - first).to_pylist()).items()))
+            )
+            for split, (first, end) in plan.offsets.items()
+        },
+        shards=shards,
+        index=index,
+        rejected=Rejected(**rejected.model_dump(), rows=len(plan.rejections), reasons=dict(sorted(reasons.items()))),
+        uri=version.uri,
+    )
+
+
+def _label_ids(labels: pa.ChunkedArray) -> pa.Array:
+    return pa.array([label_id(label) for label in labels.to_pylist()], pa.int32())
+
+
+def _shard_bytes(part: pa.Table, features: npt.NDArray[np.floating]) -> bytes:
+    """One shard as Parquet; only its own rows of the staged features are read."""
+    values = pa.array(features[part["position"].to_numpy()].ravel())
+    table = pa.table(
+        {
+            "id": part["id"],
+            "label": part["label"],
+            "label_id": _label_ids(part["label"]),
+            "features": pa.FixedSizeListArray.from_arrays(values, features.shape[1]),
+        }
+    )
+    return _parquet_bytes(table)
+
+
+def _index_table(plan: Plan, rows_per_shard: int) -> pa.Table:
+    """One line per kept row, in storage order."""
+    shard, row, first_shard = [], [], 0
+    for first, end in plan.offsets.values():
+        numbers = np.arange(end - first)
+        shard.append(first_shard + numbers // rows_per_shard)
+        row.append(numbers % rows_per_shard)
+        first_shard += -(-(end - first) // rows_per_shard)
+    columns = [
+        plan.table["split"],
+        _label_ids(plan.table["label"]),
+        plan.table["id_hash"],
+        pa.array(np.concatenate(shard), pa.int32()),
+        pa.array(np.concatenate(row), pa.int32()),
+    ]
+    return pa.table(columns, schema=INDEX_SCHEMA)
+
+
+def _rejected_table(rejections: list[Rejection]) -> pa.Table:
+    fields = [("split", pa.string()), ("id", pa.string()), ("label", pa.string())]
+    fields += [("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+    return pa.table(
+        {name: pa.array([getattr(rejection, name) for rejection in rejections], kind) for name, kind in fields}
+    )
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file of one row group; features stay uncompressed, floats do not shrink."""
+    words = [name for name in table.column_names if name != "features"]
+    compression = {name: "zstd" for name in words} | {"features.list.element": "none"}
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=max(1, table.num_rows),
+        use_dictionary=[name for name in words if name in ("label", "split", "reason")],
+        compression=compression,
+        write_statistics=words,
+    )
+    return buffer.getvalue()

