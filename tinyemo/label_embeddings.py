@@ -150,9 +150,8 @@ def known_words() -> tuple[str, ...]:
 def embed_labels(table: EmbeddingTable, words: Sequence[str], template: str) -> LabelEmbeddings:
     """The mean of the input embeddings of each label text's tokens, without special tokens.
 
-    The text is tokenised as the template renders it, with no space put before it. In a byte-level BPE such as SmolLM2's
-    a leading space would choose other tokens (one for most words, where the bare word may take several); the published
-    recipe does not say, and the bare text is what a tokenizer does by default.
+    The text is tokenised just as the template renders it. SentencePiece (Llama-2) marks the start of a word by itself;
+    a byte-level BPE (SmolLM2, Phi-2) takes a leading space for it, which the template `spaced` puts there.
 
     Raises:
         DataError: a word has no token.

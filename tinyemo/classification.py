@@ -1,0 +1,68 @@
+"""What a trained projector says about images: figures over labelled rows, labels and scores for any rows and words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyemo.errors import DataError
+from tinyemo.features import FeatureTable
+from tinyemo.metrics import Scores, confusion_matrix, scores_from_confusion
+from tinyemo.projector import MetricProjector
+from tinyemo.taxonomies import canonical_word
+
+ROWS_PER_FORWARD = 4096
+
+
+def evaluate_projector(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> Scores:
+    """Accuracy, recalls and confusion over every row of the table; nothing is dropped.
+
+    Raises:
+        DataError: the table has no labels, a label is not among the words, a word has no embedding, or widths differ.
+    """
+    words = _canonical(words)
+    if table.labels is None:
+        raise DataError("the features have no column 'emotion' or 'label' to evaluate against")
+    place = {word: index for index, word in enumerate(words)}
+    spelled = [canonical_word(label) for label in table.labels]
+    unknown = sorted(set(spelled) - set(place))
+    if unknown:
+        raise DataError(
+            f"{sum(label not in place for label in spelled)} of {len(spelled)} rows have labels that are not among the "
+            f"words ({', '.join(unknown[:5])}): choose a taxonomy or words that hold them"
+        )
+    targets = torch.tensor([place[label] for label in spelled])
+    predictions = torch.cat([scores.argmax(dim=1) for scores in _scores(projector, table, words)])
+    return scores_from_confusion(confusion_matrix(targets, predictions, len(words)), words)
+
+
+def predict_labels(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> list[dict[str, Any]]:
+    """For each row its id, the nearest word as `label`, and `scores`: the cosine of each word, highest first.
+
+    Raises:
+        DataError: a word has no embedding, or widths differ.
+    """
+    words = _canonical(words)
+    rows: list[dict[str, Any]] = []
+    for scores in _scores(projector, table, words):
+        values, order = scores.sort(dim=1, descending=True, stable=True)
+        for row_values, row_order in zip(values.tolist(), order.tolist(), strict=True):
+            ranked = {words[index]: value for index, value in zip(row_order, row_values, strict=True)}
+            rows.append({"id": table.ids[len(rows)], "label": words[row_order[0]], "scores": ranked})
+    return rows
+
+
+def _canonical(words: Sequence[str]) -> tuple[str, ...]:
+    spelled = tuple(dict.fromkeys(canonical_word(word) for word in words))
+    if not spelled or "" in spelled:
+        raise DataError("there must be at least one word to choose from, and none may be empty")
+    return spelled
+
+
+def _scores(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> Iterator[Tensor]:
+    """(B, C) cosines, a few thousand rows at a time."""
+    for features in table.features.split(ROWS_PER_FORWARD):  # type: ignore[no-untyped-call]
+        yield projector.classify(features, words)
