@@ -5,15 +5,12 @@ The driver plans a run from the index alone (16 bytes a row) and never reads a s
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration import storage
-from orchestration.manifest import Manifest
+from orchestration.manifest import Manifest, read_index
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import label_id
 
@@ -48,16 +45,13 @@ def load_splits(manifest: Manifest, words: tuple[str, ...]) -> dict[str, SplitRo
     Raises:
         DataError: the index is not the one that the manifest names, or holds a label outside `words`.
     """
-    uri = f"{manifest.uri}/{manifest.index.path}"
-    data = storage.read_bytes(uri)
-    storage.verify_sha256(data, manifest.index.sha256, uri)
-    table = pq.read_table(io.BytesIO(data))
+    table = read_index(manifest)
     label_ids = np.asarray(table["label_id"])
     lookup = {label_id(word): position for position, word in enumerate(words)}
     foreign = sorted(set(np.unique(label_ids).tolist()) - lookup.keys())
     if foreign:
         raise DataError(
-            f"{uri}: {len(foreign)} labels of the data set ({manifest.taxonomy}) are not among the recipe's words "
+            f"{manifest.uri}: {len(foreign)} labels of the data set ({manifest.taxonomy}) are not among the recipe's words "
             f"{', '.join(words)}; set labels.taxonomy to the data set's own"
         )
     labels = np.array([lookup[i] for i in label_ids.tolist()], dtype=np.int64)

@@ -9,7 +9,7 @@ error and never a silently different run.
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from orchestration import storage
-from orchestration.manifest import Manifest
+from orchestration.manifest import Manifest, Shard, read_file
 from orchestration.sampling import TrainPlan, rank_slice
 from orchestration.split import SplitRows
 from tinyemo.config import Section
@@ -91,8 +90,8 @@ class StreamPlan:
         part = rank_slice(self.train.global_batch_size, rank, self.world_size)
         return np.concatenate([self.train.global_batch(step)[part] for step in range(item.first, item.last)])
 
-    def read(self, item: StreamItem) -> Iterator[dict[str, Any]]:
-        """One row for each rank, in rank order."""
+    def read(self, item: StreamItem, start_step: int) -> Iterator[dict[str, Any]]:
+        """One row for each rank, in rank order; `start_step` is where the stream begins."""
         rows = self.splits[item.split]
         for rank in range(self.world_size):
             positions = self.positions(item, rank)
@@ -107,6 +106,7 @@ class StreamPlan:
                 "first": item.first,
                 "last": item.last,
                 "rank": rank,
+                "start_step": start_step,
                 "rows": _to_ipc(table.append_column("position", pa.array(positions))),
                 "labels": labels.astype(np.int64).tobytes(),
             }
@@ -131,16 +131,25 @@ class Batch:
     labels: NDArray[np.int64]
 
 
-@functools.lru_cache(maxsize=64)
-def _read_shard(uri: str, sha256: str) -> pa.Table:
-    """One shard, checked against the manifest; a process keeps the last 64 it read."""
-    data = storage.read_bytes(uri)
-    storage.verify_sha256(data, sha256, uri)
-    try:
-        table: pa.Table = pq.read_table(pa.BufferReader(data), columns=["id", "features"])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri}: not a readable Parquet shard ({error}); ingest the data set again") from error
-    return table.combine_chunks()
+# The last shards that this process read, by address and sha256; Ray keeps a process for many tasks.
+_shards: OrderedDict[tuple[str, str], pa.Table] = OrderedDict()
+_MAX_CACHED_BYTES = 256 * 2**20
+
+
+def _read_shard(manifest: Manifest, shard: Shard) -> pa.Table:
+    """Columns id and features of one shard, checked against the manifest."""
+    key = (manifest.file_uri(shard.path), shard.sha256)
+    if key not in _shards:
+        data = read_file(manifest, shard)
+        try:
+            table = pq.read_table(pa.BufferReader(data), columns=["id", "features"])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{key[0]} is no Parquet file ({error}): ingest the data set again") from error
+        _shards[key] = table.combine_chunks()
+        while len(_shards) > 1 and sum(table.nbytes for table in _shards.values()) > _MAX_CACHED_BYTES:
+            _shards.popitem(last=False)
+    _shards.move_to_end(key)
+    return _shards[key]
 
 
 def read_rows(manifest: Manifest, rows: SplitRows) -> pa.Table:
@@ -148,8 +157,7 @@ def read_rows(manifest: Manifest, rows: SplitRows) -> pa.Table:
     tables, places = [], []
     for shard in np.unique(rows.shard):
         place = np.flatnonzero(rows.shard == shard)
-        entry = manifest.shards[int(shard)]
-        tables.append(_read_shard(f"{manifest.uri}/{entry.path}", entry.sha256).take(pa.array(rows.row[place])))
+        tables.append(_read_shard(manifest, manifest.shards[int(shard)]).take(pa.array(rows.row[place])))
         places.append(place)
     if not tables:
         width, kind = manifest.feature_width, pa.type_for_alias(manifest.feature_dtype)
@@ -178,7 +186,7 @@ def build_dataset(plan: StreamPlan, start_step: int) -> ray.data.Dataset:
 
     def read(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
         for split, first, last in zip(batch["split"], batch["first"], batch["last"], strict=True):
-            for row in plan.read(StreamItem(split, int(first), int(last))):
+            for row in plan.read(StreamItem(split, int(first), int(last)), start_step):
                 yield {name: [value] for name, value in row.items()}
 
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -210,7 +218,7 @@ def open_stream(shard: ray.data.DataIterator, plan: StreamPlan, *, rank: int, st
         for row in block.to_pylist():
             item = StreamItem(row["split"], row["first"], row["last"])
             if expected is None:
-                expected = _expected_items(plan, item, start_step)
+                expected = _expected_items(plan, row["start_step"], start_step)
             if row["rank"] != rank or not expected or item != expected.pop(0):
                 raise TrainingError(
                     f"rank {rank} was handed {item} of rank {row['rank']}, which the plan does not have here; "
@@ -221,11 +229,11 @@ def open_stream(shard: ray.data.DataIterator, plan: StreamPlan, *, rank: int, st
         raise TrainingError(f"rank {rank}: the stream ended {len(expected)} items before the plan does")
 
 
-def _expected_items(plan: StreamPlan, first: StreamItem, start_step: int) -> list[StreamItem]:
-    """The plan's items; a stream may have been cut at an earlier step than this rank's checkpoint, never at a later."""
-    if first.split == "train" and first.first > start_step:
-        raise TrainingError(f"the stream starts at step {first.first}, after the checkpoint's step {start_step}")
-    return plan.items(first.first if first.split == "train" else start_step)
+def _expected_items(plan: StreamPlan, stream_start: int, start_step: int) -> list[StreamItem]:
+    """The plan's items; a stream may begin at an earlier step than this rank's checkpoint, never at a later one."""
+    if stream_start > start_step:
+        raise TrainingError(f"the stream starts at step {stream_start}, after the checkpoint's step {start_step}")
+    return plan.items(stream_start)
 
 
 def _batches(plan: StreamPlan, item: StreamItem, row: dict[str, Any], rank: int, start_step: int) -> Iterator[Batch]:

@@ -25,9 +25,10 @@ TEMPLATES: dict[str, str] = {
 }
 """Texts for a label by the name that a recipe gives: the published ones and `spaced`, ours.
 
-With SmolLM2 a bare `sadness` is the tokens s, ad, ness; with a space before it, a single one. Of the 75 synonyms that
-are no labels 27 then lie nearest to their own Parrott label, 9 without (so prefer it for words unseen in training). Yet
-the six Ekman labels draw closer together, and trained on them the bare word is as good or better .
+With SmolLM2 a bare `sadness` is the tokens s, ad, ness; with a space before it, a single one. Of the 75 synonyms
+27 then lie nearest to their own Parrott label, 9 without (so prefer it for words unseen in training). Yet
+the six Ekman labels draw closer together, and trained on them the bare word is better (cosine loss: 73.9 against 72.8 %
+of 306 test images, mean of 20 seeds).
 """
 
 _FACTS: dict[str, Any] = json.loads(files("tinyemo").joinpath("taxonomies.json").read_text(encoding="utf-8"))

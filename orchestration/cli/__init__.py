@@ -1,0 +1,44 @@
+"""The command line: `tinyemo --help`. One file per group of commands; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from orchestration.cli.assets import assets_app
+from orchestration.cli.ingest import ingest_app
+from orchestration.cli.platform import platform_app
+from orchestration.cli.train import family, train
+from orchestration.cli.use import evaluate, predict
+from tinyemo.errors import TinyEmoError
+
+app = typer.Typer(
+    help="Train, follow and use the TinyEmo family on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(platform_app, name="platform")
+app.add_typer(assets_app, name="assets")
+app.add_typer(ingest_app, name="ingest")
+app.command()(train)
+app.command()(family)
+app.command()(evaluate)
+app.command()(predict)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("orchestration").setLevel(logging.INFO)
+    logging.getLogger("tinyemo").setLevel(logging.INFO)
+    try:
+        app()
+    except TinyEmoError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

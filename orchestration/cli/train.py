@@ -1,0 +1,128 @@
+"""`tinyemo train` and `tinyemo family`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.environment import load_platform_environment
+
+if TYPE_CHECKING:
+    from orchestration.fit import PhaseState
+    from orchestration.recipe import Recipe
+    from orchestration.train import TrainResult
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay section.key=value over the recipe.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and plan, start nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one projector: from S3 through Ray Data, DeepSpeed and Ray Train into MLflow.
+
+    The same command again goes on where an interrupted run stopped, and shows the result of a finished one.
+
+    Example: tinyemo train emotion6 --set loss.name=info_nce --set name=emotion6-info-nce
+    """
+    from orchestration.recipe import load_recipe
+
+    load_platform_environment()
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        _show_plan(loaded, as_json)
+        return
+    from orchestration import train as job
+
+    result = job.train(loaded, on_report=None if as_json else _show_report)
+    _show_results([result], as_json)
+
+
+def family(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one projector for each size of the family, as children of one MLflow run; register the best.
+
+    Example: tinyemo family family --set name=family-nt-xent
+    """
+    from orchestration.recipe import load_recipe
+
+    load_platform_environment()
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        _show_plan(loaded, as_json)
+        return
+    from orchestration import family as job
+
+    results = job.train_family(loaded, on_report=None if as_json else _show_report)
+    _show_results(results, as_json)
+
+
+def _show_plan(recipe: Recipe, as_json: bool) -> None:
+    from orchestration.prepare import prepare
+    from orchestration.recipe import to_toml
+
+    preparation = prepare(recipe)
+    plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "recipe_digest": recipe.digest(),
+        "data": preparation.manifest.uri,
+        "data_kind": preparation.manifest.data,
+        "train_rows": plan.train.order.num_rows,
+        "validation_rows": len(plan.splits["validation"]),
+        "test_rows": len(plan.splits["test"]),
+        "optimizer_steps": plan.train.num_steps,
+        "rows_per_rank_and_step": recipe.train.global_batch_size // recipe.workers.num_workers,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts | {"recipe": recipe.model_dump(mode="json")}, indent=1))
+        return
+    typer.echo(to_toml(recipe))
+    for key, value in facts.items():
+        typer.echo(f"{key:24}{value}")
+    typer.echo("nothing was started (--dry-run)")
+
+
+def _show_report(name: str, state: PhaseState) -> None:
+    metrics = state.metrics
+    accuracy = metrics.get("val/top1_accuracy")
+    shown = f"val top-1 {accuracy:.4f}" if accuracy is not None else "no validation"
+    rate = metrics["train/samples_per_s"]
+    typer.echo(f"  {name}: step {state.step}, {shown}, best epoch {metrics['best_epoch']}, {rate:,.0f} samples/s", err=True)
+
+
+def _show_results(results: list[TrainResult], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestration.train import notes
+
+    if as_json:
+        typer.echo(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    table = Table(title="Metric projector, test read once")
+    for column in ("run", "LLM", "H", "val top-1", "test top-1", "test images", "best epoch", "samples/s", "note"):
+        table.add_column(column, justify="left" if column in ("run", "LLM", "note") else "right")
+    for r in results:
+        validation = "-" if r.val_top1_accuracy is None else f"{r.val_top1_accuracy:.4f}"
+        table.add_row(
+            r.name, r.llm, str(r.hidden_size), validation, f"{r.test_top1_accuracy:.4f}", str(r.num_test),
+            str(r.best_epoch), f"{r.samples_per_s:,.0f}", notes(r) or "real weights, real data",
+        )  # fmt: skip
+    Console(width=None if typer.get_text_stream("stdout").isatty() else 150).print(table)
+    for r in results:
+        typer.echo(f"{r.name}: {r.run_url}")

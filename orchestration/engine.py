@@ -1,0 +1,198 @@
+"""The only module that knows DeepSpeed: a projector becomes an engine, an engine becomes a checkpoint and back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from tinyemo.config import Section
+from tinyemo.errors import TrainingError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
+
+TAG = "engine"
+
+
+class EngineConfig(Section):
+    """How DeepSpeed shards and computes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type; auto takes bf16 on a GPU and fp32 on a CPU, and says so."""
+    bucket_elements: PositiveInt = 16_777_216
+    """Elements of one communication bucket; DeepSpeed's own 5e8 costs gigabytes a rank."""
+
+
+class OptimizerConfig(Section):
+    """AdamW under OneCycle, as published (arXiv 2410.07062): the first rate is max_lr / 25 = 2e-5."""
+
+    max_lr: PositiveFloat = 5e-4
+    """Highest learning rate of the cycle."""
+    pct_start: float = Field(0.005, gt=0, lt=1)
+    """Part of the steps before the highest rate."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay, per unit of learning rate."""
+
+
+def compute_dtype(config: EngineConfig) -> torch.dtype:
+    """The type parameters compute in on this machine."""
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters."""
+    return torch.optim.AdamW(model.parameters(), lr=config.max_lr / 25, weight_decay=config.weight_decay)
+
+
+def build_schedule(config: OptimizerConfig, num_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Makes the OneCycle schedule of a run of `num_steps` optimizer steps."""
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.OneCycleLR:
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=config.max_lr, total_steps=max(num_steps, 2), pct_start=config.pct_start
+        )
+
+    return schedule
+
+
+def build_engine(
+    model: nn.Module,
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    *,
+    num_steps: int,
+    global_batch_size: int,
+    world_size: int,
+) -> DeepSpeedEngine:
+    """A DeepSpeed engine over the initialised process group, with the published optimizer and schedule."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed reads files written by this run alone; torch still unpickles nothing but tensors and plain types.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _allow_deepspeed_types()
+    dtype = compute_dtype(engine)
+    if torch.distributed.get_rank() == 0:
+        logger.info("computing in %s on %s, ZeRO stage %d", dtype, _device_name(), engine.zero_stage)
+    built, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, optimizer),
+        lr_scheduler=build_schedule(optimizer, num_steps),
+        config=_deepspeed_config(engine, dtype, global_batch_size, world_size),
+        dist_init_required=False,
+    )
+    return built
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _deepspeed_config(
+    engine: EngineConfig, dtype: torch.dtype, global_batch_size: int, world_size: int
+) -> dict[str, Any]:
+    return {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": global_batch_size // world_size,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": engine.bucket_elements,
+            "allgather_bucket_size": engine.bucket_elements,
+            "stage3_prefetch_bucket_size": engine.bucket_elements,
+            "stage3_max_live_parameters": 4 * engine.bucket_elements,
+            "sub_group_size": 4 * engine.bucket_elements,
+            "overlap_comm": False,
+        },
+    }
+
+
+def _allow_deepspeed_types() -> None:
+    """Name the classes of DeepSpeed's own that its checkpoints hold, so that loading stays `weights_only`."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
+def train_step(engine: DeepSpeedEngine, loss: Tensor) -> None:
+    """One backward pass and one optimizer step."""
+    engine.backward(loss)
+    engine.step()
+
+
+def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Write this rank's part of the engine to its own folder; every rank calls it."""
+    (folder / TAG).mkdir(parents=True, exist_ok=True)
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+
+def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Restore model, optimizer and schedule from the folder that holds every rank's part.
+
+    Raises:
+        TrainingError: the folder lacks this rank's part, for instance since the number of workers changed.
+    """
+    parts = len(list((folder / TAG).glob("*optim_states.pt")))
+    world_size = torch.distributed.get_world_size()
+    if engine.zero_optimization() and parts != world_size:
+        raise TrainingError(
+            f"the checkpoint was written by {parts} workers and the run has {world_size}; "
+            f"resume with workers.num_workers={parts}"
+        )
+    path, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    if path is None:
+        raise TrainingError(f"the checkpoint in {folder} holds no engine; resume from an older one or start anew")
+
+
+def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Every parameter and buffer whole, on CPU in fp32 (counters keep their type); every rank calls it.
+
+    Under bf16 this rounds the fp32 master weights as the forward pass does.
+    """
+    import deepspeed
+
+    module: nn.Module = engine.module
+    parameters = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        return {
+            name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
+            for name, value in module.state_dict().items()
+        }
+
+
+def optimizer_state_bytes(engine: DeepSpeedEngine) -> int:
+    """Bytes of this rank's optimizer-state tensors (moments and, where DeepSpeed keeps one, the fp32 master copy)."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    states = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor.dim() > 0)
+
+
+def compile_ops() -> None:
+    """Compile the collectives DeepSpeed uses on a CPU, once a machine; torch keeps them for every later process."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
+if __name__ == "__main__":
+    compile_ops()

@@ -1,0 +1,232 @@
+"""One phase of a run under Ray Train: attempts that go on from the last checkpoint until the final report is in S3.
+
+Ray Train's own retries would also repeat errors that no retry mends (a corrupt shard, a loss that is not finite), so a
+phase has them off and counts attempts itself. `latest.json` beside the attempts names the newest checkpoint that every
+rank has uploaded; it is written by the controller after the report is complete, so an attempt that died while uploading
+leaves the one before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestration import storage
+from orchestration.loop import TrainJob, train_loop_per_worker
+from orchestration.stream import build_dataset, configure_ray_data
+from orchestration.tracking import RunLogger
+from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names as a driver; nothing where this process has joined one.
+
+    Raises:
+        ConfigError: no cluster is named.
+        PlatformError: it does not answer.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ConfigError("RAY_ADDRESS is not set: start a cluster with `tinyemo platform up`, or name yours")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlatformError(f"the Ray cluster at {address} does not answer ({_first_line(error)})") from error
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """What `latest.json` says.
+
+    Attributes:
+        checkpoint: S3 folder.
+        step: optimizer steps done in it.
+        metrics: of the newest report; the final one holds the test confusion.
+    """
+
+    checkpoint: str
+    step: int
+    is_final: bool
+    metrics: dict[str, Any]
+
+
+def read_state(folder: str) -> PhaseState | None:
+    """The newest complete checkpoint of the phase in an S3 folder, or None."""
+    uri = f"{folder}/latest.json"
+    return PhaseState(**storage.read_json(uri)) if storage.exists(uri) else None
+
+
+Curve = list[tuple[int, dict[str, float]]]
+
+
+def read_curve(folder: str) -> Curve:
+    """(step, metrics) of every report of a phase, in the order of steps, each step once."""
+    points: dict[int, dict[str, float]] = {}
+    for uri in sorted(storage.list_prefix(f"{folder}/curve/")):
+        for step, metrics in storage.read_json(uri):
+            points.setdefault(step, {}).update(metrics)
+    return sorted(points.items())
+
+
+class ReportCallback(UserCallback):
+    """Runs in Ray Train's controller: names the checkpoint as the newest, keeps the curve, shows it in MLflow.
+
+    Attributes:
+        folder: S3 folder of the phase.
+        prefix: what stands for `train/` in MLflow, so that two phases of a run do not share a curve.
+    """
+
+    def __init__(self, folder: str, run_logger: RunLogger | None, prefix: str = "train") -> None:
+        self.folder = folder
+        self.run_logger = run_logger
+        self.prefix = prefix
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called once all ranks have reported and the checkpoint is whole."""
+        report = dict(metrics[0])
+        step, is_final = int(report["step"]), bool(report.pop("is_final"))
+        curve: Curve = [(int(point.pop("step")), point) for point in report.pop("curve", [])]
+        if not is_final:
+            curve.append((step, {k: float(v) for k, v in report.items() if k.startswith(("val/", "train/"))}))
+            storage.write_json(f"{self.folder}/curve/{curve[0][0]:09d}.json", curve)
+        state = PhaseState(f"s3://{checkpoint.path}", step, is_final, report)
+        storage.write_json(f"{self.folder}/latest.json", asdict(state))
+        if self.run_logger is not None:
+            renamed = [(s, {k.replace("train/", f"{self.prefix}/"): v for k, v in point.items()}) for s, point in curve]
+            try:
+                self.run_logger.log_curve(renamed)
+            except PlatformError as error:
+                logger.warning("this part of the curve is not in MLflow: %s", error)
+
+
+def run_phase(
+    job: TrainJob, callback: ReportCallback, *, on_report: Callable[[PhaseState], None] | None = None
+) -> PhaseState:
+    """Train until the final report is in S3, from the newest checkpoint there if one exists.
+
+    Raises:
+        TrainingError: workers were lost more than workers.max_failures times, or the run cannot go on.
+        TinyEmoError: what a worker raised and no retry would mend.
+    """
+    failures, folder = 0, callback.folder
+    while True:
+        state = read_state(folder)
+        if state is not None and state.is_final:
+            return state
+        if state is not None:
+            logger.warning("going on from step %d of %s", state.step, folder)
+            job = replace(job, resume_from=state.checkpoint, start_step=state.step)
+        try:
+            with _watched(folder, on_report):
+                _run_attempt(job, callback)
+        except ray.train.WorkerGroupError as error:
+            cause = find_cause(list(error.worker_failures.values()))
+            if cause is not None:
+                raise cause from error
+            failures += 1
+            logger.warning("lost a worker (%d of %d allowed)", failures, job.recipe.workers.max_failures)
+            if failures > job.recipe.workers.max_failures:
+                raise TrainingError(
+                    f"workers were lost {failures} times ({_first_line(error)}); "
+                    "run the same command again to go on, or see the logs in the Ray dashboard"
+                ) from error
+        except ray.train.ControllerError as error:
+            raise find_cause([error]) or TrainingError(f"Ray Train cannot go on: {_first_line(error)}") from error
+
+
+def _run_attempt(job: TrainJob, callback: ReportCallback) -> None:
+    recipe = job.recipe
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= recipe.workers.num_workers
+    bucket, key = storage.parse_s3_uri(callback.folder)
+    data_config = configure_ray_data()
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if has_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.workers.num_workers,
+            use_gpu=has_gpus,
+            resources_per_worker={"CPU": recipe.workers.cpus_per_worker} | ({"GPU": 1} if has_gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{int(time.time() * 1000)}",
+            storage_path=f"{bucket}/{key}",
+            storage_filesystem=storage.filesystem(),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
+            callbacks=[callback],
+        ),
+        datasets={"samples": build_dataset(job.plan, job.start_step)},
+        dataset_config=data_config,
+    )
+    trainer.fit()
+
+
+@contextmanager
+def _watched(folder: str, on_report: Callable[[PhaseState], None] | None) -> Iterator[None]:
+    """Call `on_report` in a thread for each new state of the phase while the block runs."""
+    if on_report is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = -1
+        while not stop.wait(POLL_S):
+            try:
+                state = read_state(folder)
+            except StorageError:
+                continue  # the trainer's own reads will say it, with what to do
+            if state is not None and state.step > seen and not state.is_final:
+                seen = state.step
+                on_report(state)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def find_cause(errors: list[BaseException]) -> TinyEmoError | None:
+    """The first of our own errors among `errors` and what they wrap, if any."""
+    seen: set[int] = set()
+    while errors:
+        error = errors.pop(0)
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        if isinstance(error, TinyEmoError):
+            # Ray's mixture of its own error and ours prints a remote traceback: say our line alone.
+            kind = next(k for k in type(error).__mro__ if k.__module__ == TinyEmoError.__module__)
+            inner = getattr(error, "cause", error)
+            return kind(str(inner).strip().splitlines()[0] if inner is error else str(inner))
+        wrapped = [error.__cause__, error.__context__, *(getattr(error, name, None) for name in _WRAPPERS)]
+        errors += [inner for inner in wrapped if isinstance(inner, BaseException)]
+    return None
+
+
+_WRAPPERS = ("cause", "base_exception", "_base_exception", "controller_failure")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

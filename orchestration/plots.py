@@ -1,0 +1,142 @@
+"""PNG figures of a run. C classes. What stands behind a figure (random weights, generated data) goes into its title."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Matplotlib is imported in functions; a bare Figure draws with Agg and leaves pyplot's global state alone.
+DOTS_PER_INCH = 200
+SMOOTHED_POINTS = 50
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One model size of a family."""
+
+    name: str
+    top1_accuracy: float
+    """On test, 0 to 1."""
+    num_samples: int
+    """Test images behind it."""
+    is_random: bool
+    """The label embeddings come from seeded random weights, not from the LLM."""
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], words: Sequence[str], path: Path, title: str) -> None:
+    """Write the confusion matrix: colour is the share of the true class, the number counts samples.
+
+    Args:
+        confusion: (C, C) counts, rows the true class.
+        words: C labels.
+        path: of the PNG.
+        title: says what data and weights stand behind it.
+    """
+    from matplotlib.figure import Figure
+
+    num_classes = len(words)
+    shares = [[count / max(sum(row), 1) for count in row] for row in confusion]
+    side_inches = max(4.5, 0.42 * num_classes + 2.2)
+    figure = Figure(figsize=(side_inches + 0.8, side_inches), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [f"{word} ({sum(row)})" for word, row in zip(words, confusion, strict=True)]
+    axes.set_xticks(range(num_classes), words, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(num_classes), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (number of samples)")
+    for true, row in enumerate(confusion):
+        for predicted, count in enumerate(row):
+            if count:
+                colour = "white" if shares[true][predicted] > 0.55 else "black"
+                size = 9 if num_classes <= 10 else 7
+                axes.text(predicted, true, str(count), ha="center", va="center", color=colour, fontsize=size)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    _write(figure, path, title)
+
+
+def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: str) -> None:
+    """Write curves over steps, accuracies in a panel of their own.
+
+    A long curve is drawn pale, with its running mean over a fiftieth of its points on top.
+
+    Args:
+        curves: (step, value) by `split/name`; a curve without points is left out.
+        path: of the PNG.
+        title: says what data and weights stand behind it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    drawn = {name: sorted(points) for name, points in curves.items() if points}
+    accuracies = [name for name in drawn if name.endswith(("accuracy", "recall"))]
+    others = [name for name in drawn if name not in accuracies]
+    panels = [(label, names) for label, names in (("loss", others), ("accuracy", accuracies)) if names]
+    figure = Figure(figsize=(5.2 * max(len(panels), 1), 3.8), layout="constrained")
+    for position, (label, names) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), position + 1)
+        for number, name in enumerate(names):
+            _draw_curve(axes, drawn[name], name, f"C{number + 3 * position}")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        if label == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _write(figure, path, title)
+
+
+def plot_family(rows: Sequence[FamilyRow], path: Path, title: str) -> None:
+    """Write test accuracy by model size; sizes with random weights are hatched and marked so.
+
+    Args:
+        rows: in the order to draw them.
+        path: of the PNG.
+        title: says what data stands behind it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(max(5.0, 1.45 * len(rows) + 1.2), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for position, row in enumerate(rows):
+        hatch, colour = ("///", "#c9d7e8") if row.is_random else (None, "#2b6cb0")
+        axes.bar(position, row.top1_accuracy, 0.62, color=colour, hatch=hatch, edgecolor="#1a3f66")
+        axes.annotate(
+            f"{100 * row.top1_accuracy:.1f} %",
+            (position, row.top1_accuracy),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+        )
+    marks = [f"{row.name}\n{'random weights' if row.is_random else 'real weights'}" for row in rows]
+    axes.set_xticks(range(len(rows)), marks, fontsize=9)
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    counts = sorted({row.num_samples for row in rows})
+    axes.set_ylabel(f"test top-1 accuracy ({' / '.join(map(str, counts))} images)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path, title)
+
+
+def _draw_curve(axes: Any, points: list[tuple[int, float]], name: str, colour: str) -> None:
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    window = len(points) // SMOOTHED_POINTS
+    if window < 2:
+        axes.plot(steps, values, color=colour, label=name, marker="o" if len(points) <= 20 else None, markersize=4)
+        return
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    smooth = [sum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
+    axes.plot(steps[window - 1 :], smooth, color=colour, label=f"{name} (mean of {window})")
+
+
+def _write(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)

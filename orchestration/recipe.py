@@ -1,0 +1,258 @@
+"""A run is one Recipe: read from TOML and `--set section.key=value`, and nothing else configures it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from orchestration.engine import EngineConfig, OptimizerConfig
+from orchestration.stream import DataConfig
+from tinyemo.config import Section
+from tinyemo.errors import ConfigError
+from tinyemo.families import FAMILY
+from tinyemo.label_embeddings import LabelConfig
+from tinyemo.losses import LossConfig
+from tinyemo.projector import ProjectorConfig
+
+
+class TrainConfig(Section):
+    """How long and in what steps."""
+
+    global_batch_size: PositiveInt = 32
+    """Samples per optimizer step, over all ranks. Contrastive losses need a step's samples at once, so a step is one
+    forward pass: each rank takes global_batch_size / num_workers."""
+    num_epochs: PositiveFloat = 5
+    """Passes over the train split that the learning-rate schedule spans."""
+    refit: bool = False
+    """Train the final model on train and validation, for as many epochs as the best one by validation."""
+    seed: NonNegativeInt = 0
+    """Of initial weights, sample order and dropout."""
+
+
+class WorkersConfig(Section):
+    """The workers of Ray Train."""
+
+    num_workers: PositiveInt = 2
+    """Ranks; each takes a GPU where the cluster has as many, else CPU threads."""
+    cpus_per_worker: PositiveFloat = 0.5
+    """CPUs Ray sets aside for one rank; what is left reads the data."""
+    max_failures: NonNegativeInt = 2
+    """Times a run goes on from its last checkpoint after it lost a worker."""
+
+
+class CheckpointConfig(Section):
+    """When a run's state goes to S3."""
+
+    every_steps: NonNegativeInt = 0
+    """Optimizer steps between checkpoints inside an epoch; 0 for one at each epoch's end only."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    root: str = Field("s3://tinyemo/runs", pattern=r"^s3://[^/]+/.+")
+    """S3 folder of the runs."""
+
+
+class FamilyConfig(Section):
+    """The sizes of `tinyemo family`."""
+
+    sizes: tuple[str, ...] = tuple(FAMILY)
+    """Names of the family table."""
+    random_weights: bool = False
+    """Whether sizes whose embedding table is out of reach run with seeded random vectors, tagged so."""
+    registered_name: str = "tinyemo-projector"
+    """Registered model in MLflow whose alias champion points to the best."""
+
+
+class Recipe(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Of the run, in S3 and MLflow: lower-case letters, digits, dot, dash, underscore."""
+    experiment: str = "tinyemo"
+    """MLflow experiment."""
+    data: DataConfig = DataConfig()
+    labels: LabelConfig = LabelConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    family: FamilyConfig = FamilyConfig()
+
+    @model_validator(mode="after")
+    def _check_sections_against_each_other(self) -> Self:
+        conflicts = self.conflicts()
+        if conflicts:
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def conflicts(self) -> list[str]:
+        """What two fields say that cannot both be, one line each."""
+        found = []
+        batch, workers = self.train.global_batch_size, self.workers.num_workers
+        if batch % workers:
+            found.append(
+                f"train.global_batch_size: {batch} does not divide by workers.num_workers {workers}; "
+                f"{batch - batch % workers or workers} or {batch - batch % workers + workers} would"
+            )
+        if batch < 2:
+            found.append("train.global_batch_size: 1 leaves batch normalisation nothing to normalise over; at least 2")
+        size = FAMILY.get(self.labels.llm)
+        if size is None:
+            found.append(f"labels.llm: {self.labels.llm!r} is not one of {', '.join(FAMILY)}")
+        elif size.hidden_size != self.projector.hidden_size:
+            found.append(
+                f"projector.hidden_size: {self.projector.hidden_size} is not the width of labels.llm "
+                f"{self.labels.llm}, {size.hidden_size}"
+            )
+        found += [
+            f"family.sizes: {name!r} is not one of {', '.join(FAMILY)}"
+            for name in self.family.sizes
+            if name not in FAMILY
+        ]
+        if self.data.validation_fraction * (self.data.validation_fold + 1) > 1:
+            found.append(
+                f"data.validation_fold: {self.data.validation_fold} lies beyond the data at "
+                f"data.validation_fraction {self.data.validation_fraction}"
+            )
+        if self.train.refit and not self.data.validation_fraction:
+            found.append("train.refit: needs data.validation_fraction above 0 to find the best epoch")
+        return found
+
+    def digest(self) -> str:
+        """sha256 over every field but those that may change on resume without changing the result."""
+        content = self.model_dump(
+            mode="json", exclude={"experiment": True, "checkpoint": True, "workers": {"max_failures"}}
+        )
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """A recipe file: the path itself, or a shipped recipe by its name.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = Path(str(resources.files("orchestration"))) / "recipes"
+    candidate = shipped / f"{path.stem}.toml"
+    if candidate.is_file() and path.parent == Path():
+        return candidate
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
+    raise ConfigError(f"no recipe at {name_or_path}; give a TOML file, or one of the shipped: {names}")
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """The validated recipe with `--set` overrides laid over the file.
+
+    Raises:
+        ConfigError: all that is wrong with it, one line a field.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+    content.setdefault("name", path.stem)
+    problems = [problem for text in overrides or [] if (problem := _override(content, text))]
+    return parse_recipe(content, source=str(path), problems=problems)
+
+
+def parse_recipe(content: dict[str, Any], *, source: str, problems: list[str] | None = None) -> Recipe:
+    """The validated recipe of nested tables; every error at once, also those between sections."""
+    problems = list(problems or [])
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems += _describe(error)
+        # Field errors hide the checks over sections: look at those with the broken fields at their defaults.
+        try:
+            Recipe.model_validate(_without(content, [e["loc"] for e in error.errors() if e["loc"]]))
+        except ValidationError as rest:
+            problems += [line for line in _describe(rest) if line not in problems]
+    if problems or recipe is None:
+        raise ConfigError(
+            f"{source}: {len(problems)} error{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    return recipe
+
+
+def _override(content: dict[str, Any], text: str) -> str | None:
+    """Lay one `section.key=value` over the tables; the problem with it, if any."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        return f"--set {text}: needs the form section.key=value"
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *tables, last = key.split(".")
+    table = content
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            return f"--set {text}: {name} is a value, not a section"
+    table[last] = parsed
+    return None
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "value_error" and not field:
+            lines += str(item["ctx"]["error"]).splitlines()
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"{field}: no such key{_neighbours(item['loc'])}")
+        else:
+            lines.append(
+                f"{field}: {item['msg'].lower()}, got {item['input']!r}"
+                if item["type"] != "missing"
+                else f"{field}: is missing"
+            )
+    return lines
+
+
+def _neighbours(loc: tuple[int | str, ...]) -> str:
+    """The keys that the unknown key's section has."""
+    model: Any = Recipe
+    for part in loc[:-1]:
+        field = model.model_fields.get(part)
+        if field is None:
+            return ""
+        model = field.annotation
+    return f"; the section has {', '.join(model.model_fields)}"
+
+
+def _without(content: dict[str, Any], locs: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy of nested tables without the values at `locs`; a missing name is filled in."""
+    copy: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    for loc in locs:
+        table: Any = copy
+        for part in loc[:-1]:
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict):
+            table.pop(loc[-1], None)
+    copy.setdefault("name", "unnamed")
+    return copy
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that `load_recipe` takes as it is."""
+    lines, tables = [], []
+    for key, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            tables += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None)]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join([*lines, *tables]) + "\n"

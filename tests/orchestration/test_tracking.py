@@ -1,0 +1,454 @@
+"""Tracking against a real MLflow server: what a run ends as, what it holds, and what the registry gives back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from orchestration import tracking
+from orchestration.interruption import Interrupted, sigterm_interrupts
+from orchestration.tracking import (
+    RunLogger,
+    download_artifacts,
+    find_run,
+    git_state,
+    open_run,
+    register_projector,
+    require_server,
+)
+from tinyemo.errors import AssetError, ConfigError, PlatformError, TrainingError
+
+REPOSITORY = Path(__file__).parents[2]
+EXPERIMENT = "tracking tests"
+START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server: SQLite, artifacts in a folder through the server's proxy."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--serve-artifacts"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--allowed-hosts", f"127.0.0.1:{port}"]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answers(address):
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "the MLflow server did not start"
+            time.sleep(0.25)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return mlflow_server
+
+
+def client(server: str):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(server)
+
+
+def status_of(server: str, run_id: str) -> str:
+    return client(server).get_run(run_id).info.status
+
+
+def test_a_run_holds_the_flat_recipe_and_ends_finished(server, capfd):
+    """Nested tables become dotted keys, a value over MLflow's limit is cut, more than 100 params fit."""
+    params = {
+        "loss": {"name": "nt_xent", "temperature": None, "nested": {"deep": True}},
+        "sizes": ["a", "b"],
+        "long": "x" * 7000,
+        "many": {f"key{i}": i for i in range(150)},
+    }
+    with open_run(EXPERIMENT, "finished", params=params, tags={"data": "real", "note": "y" * 9000}) as run:
+        run.log_metrics({"test/top1_accuracy": 0.75})
+        run.set_tags({"llm_weights": "random"})
+        assert status_of(server, run.run_id) == "RUNNING"
+    assert capfd.readouterr().out == ""
+    stored = client(server).get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == "finished"
+    assert stored.data.params["loss.name"] == "nt_xent"
+    assert stored.data.params["loss.temperature"] == "None"
+    assert stored.data.params["loss.nested.deep"] == "True"
+    assert json.loads(stored.data.params["sizes"]) == ["a", "b"]
+    assert stored.data.params["long"] == "x" * 6000
+    assert stored.data.params["many.key149"] == "149"
+    assert len(stored.data.params) == 155
+    assert stored.data.metrics == {"test/top1_accuracy": 0.75}
+    assert stored.data.tags["data"] == "real"
+    assert stored.data.tags["llm_weights"] == "random"
+    assert stored.data.tags["note"] == "y" * 8000
+    assert stored.data.tags["git_commit"] == git_state()["git_commit"]
+    assert stored.data.tags["git_dirty"] in {"true", "false", "unknown"}
+    assert run.url == f"{server}/#/experiments/{stored.info.experiment_id}/runs/{run.run_id}"
+
+
+def test_an_exception_leaves_a_failed_run_with_its_reason(server):
+    with pytest.raises(OSError, match="disk"), open_run(EXPERIMENT, "failed", params={}, tags={}) as run:
+        raise OSError("the disk\nis full")
+    stored = client(server).get_run(run.run_id)
+    assert stored.info.status == "FAILED"
+    assert stored.data.tags["error"] == "OSError: the disk is full"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15), SystemExit(0)], ids=repr)
+def test_an_interruption_leaves_a_killed_run(server, error):
+    """SystemExit is what Ray's signal handlers raise, with 15 at SIGTERM and with 0 after an aborted training."""
+    with pytest.raises(type(error)), open_run(EXPERIMENT, "killed", params={}, tags={}) as run:
+        raise error
+    assert status_of(server, run.run_id) == "KILLED"
+
+
+DRIVER = """
+import sys, time
+from orchestration.tracking import open_run
+with open_run("{experiment}", "parent of stopped", params={{}}, tags={{}}) as parent:
+    with open_run("{experiment}", sys.argv[1], params={{}}, tags={{}}, parent_run_id=parent.run_id) as run:
+        print(parent.run_id, run.run_id, flush=True)
+        try:
+            time.sleep(120)
+        finally:
+            print("cleaned up", flush=True)
+"""
+
+
+def start_driver(name: str) -> tuple[subprocess.Popen[str], list[str]]:
+    command = [sys.executable, "-c", DRIVER.format(experiment=EXPERIMENT), name]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert driver.stdout is not None
+    return driver, driver.stdout.readline().split()
+
+
+def test_sigterm_ends_parent_and_child_killed_and_runs_finally_blocks(server):
+    driver, run_ids = start_driver("stopped")
+    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(signal.SIGTERM)
+    output, _ = driver.communicate(timeout=60)
+    assert output == "cleaned up\n"
+    assert driver.returncode != 0
+    assert [status_of(server, run_id) for run_id in run_ids] == ["KILLED", "KILLED"]
+    assert client(server).get_run(run_ids[1]).data.tags["error"] == "Interrupted: SIGTERM"
+
+
+def test_a_run_whose_driver_got_sigkill_is_found_and_resumed(server):
+    driver, (_, run_id) = start_driver("lost")
+    driver.kill()
+    driver.communicate(timeout=60)
+    stale = find_run(EXPERIMENT, "lost")
+    assert stale is not None
+    assert (stale.run_id, stale.status) == (run_id, "RUNNING")
+    with open_run(EXPERIMENT, "lost", params={}, tags={}, resume_run_id=stale.run_id) as run:
+        run.log_metrics({"train/loss": 1.0}, step=3)
+    resumed = find_run(EXPERIMENT, "lost")
+    assert resumed is not None
+    assert (resumed.run_id, resumed.status, resumed.tags["num_resumes"]) == (run_id, "FINISHED", "1")
+    assert resumed.metrics == {"train/loss": 1.0}
+
+
+def test_a_resumed_run_keeps_its_curve_and_loses_its_error(server):
+    with (  # noqa: PT012  # the run holds something before it fails
+        pytest.raises(ValueError, match="first"),
+        open_run(EXPERIMENT, "again", params={"lr": 1}, tags={}) as run,
+    ):
+        run.log_curve([(1, {"train/loss": 2.0})])
+        raise ValueError("first")
+    with open_run(EXPERIMENT, "again", params={"lr": 1, "new": 2}, tags={}, resume_run_id=run.run_id) as again:
+        assert again == run
+        assert status_of(server, run.run_id) == "RUNNING"
+        again.log_curve([(2, {"train/loss": 1.0})])
+    stored = client(server).get_run(run.run_id)
+    assert stored.info.status == "FINISHED"
+    assert "error" not in stored.data.tags
+    assert stored.data.params == {"lr": "1", "new": "2"}
+    assert [m.step for m in client(server).get_metric_history(run.run_id, "train/loss")] == [1, 2]
+
+
+def test_a_resume_with_another_recipe_is_refused_and_changes_nothing(server):
+    with open_run(EXPERIMENT, "refuses", params={"lr": 1, "loss": {"name": "a"}}, tags={}) as run:
+        pass
+    before = client(server).get_run(run.run_id).to_dictionary()
+    changed = {"lr": 2, "loss": {"name": "a"}}
+    with (
+        pytest.raises(TrainingError, match="lr was 1, is 2"),
+        open_run(EXPERIMENT, "refuses", params=changed, tags={}, resume_run_id=run.run_id),
+    ):
+        pass
+    assert client(server).get_run(run.run_id).to_dictionary() == before
+    with (
+        pytest.raises(TrainingError, match="no run 0123456789abcdef"),
+        open_run(EXPERIMENT, "refuses", params={}, tags={}, resume_run_id="0123456789abcdef0123456789abcdef"),
+    ):
+        pass
+
+
+def test_find_run_takes_the_newest_of_exactly_this_name(server):
+    assert find_run("an experiment that nobody made", "x") is None
+    assert find_run(EXPERIMENT, "nobody's") is None
+    with open_run(EXPERIMENT, "nobody's", params={}, tags={}):
+        time.sleep(0.01)  # start times are in ms
+    with open_run(EXPERIMENT, "nobody's", params={}, tags={}) as newest:
+        pass
+    found = find_run(EXPERIMENT, "nobody's")
+    assert found is not None
+    assert (found.run_id, found.url) == (newest.run_id, newest.url)
+    assert find_run(EXPERIMENT, "nobody") is None
+
+
+def test_a_child_hangs_under_its_parent(server):
+    with (
+        open_run(EXPERIMENT, "family", params={}, tags={}) as parent,
+        open_run(EXPERIMENT, "child", params={}, tags={}, parent_run_id=parent.run_id) as child,
+    ):
+        pass
+    assert client(server).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    found = find_run(EXPERIMENT, "child", parent_run_id=parent.run_id)
+    assert found is not None
+    assert found.run_id == child.run_id
+    assert find_run(EXPERIMENT, "child", parent_run_id=child.run_id) is None
+
+
+def test_a_long_curve_arrives_whole_also_from_another_process(server):
+    """A pickled RunLogger carries the run alone; its process finds the server in its own environment."""
+    points = [(step, {"train/loss": 1.0 / (step + 1)}) for step in range(3000)]
+    with open_run(EXPERIMENT, "curve", params={}, tags={}) as run:
+        run.log_curve(points[:1500])
+        code = "import pickle, sys; logger, points = pickle.load(sys.stdin.buffer); logger.log_curve(points)"
+        payload = pickle.dumps((run.logger, points[1500:]))
+        subprocess.run([sys.executable, "-c", code], input=payload, check=True, cwd=REPOSITORY, timeout=120)
+    history = client(server).get_metric_history(run.run_id, "train/loss")
+    assert [(m.step, {"train/loss": m.value}) for m in sorted(history, key=lambda m: m.step)] == points
+
+
+def test_the_data_set_of_a_run_is_its_manifest(server):
+    digest = "0123456789abcdef" * 4
+    with open_run(EXPERIMENT, "data", params={}, tags={}) as run:
+        run.log_dataset("emotion6", digest, "s3://bucket/datasets/emotion6/0123456789ab", 1386, "train")
+        run.log_dataset("emotion6-test", digest, "s3://bucket/datasets/emotion6/0123456789ab", 306, "test")
+    inputs = {entry.dataset.name: entry for entry in client(server).get_run(run.run_id).inputs.dataset_inputs}
+    assert set(inputs) == {"emotion6", "emotion6-test"}
+    train = inputs["emotion6"]
+    assert train.dataset.digest == digest[:36]
+    assert json.loads(train.dataset.source) == {
+        "uri": "s3://bucket/datasets/emotion6/0123456789ab",
+        "digest": digest,
+    }
+    assert json.loads(train.dataset.profile) == {"num_rows": 1386, "digest": digest}
+    assert [(tag.key, tag.value) for tag in train.tags] == [("mlflow.data.context", "train")]
+
+
+def test_the_champion_comes_back_byte_by_byte(server, tmp_path):
+    """The alias moves to the newer version; every form of address brings the same files."""
+    folders = []
+    versions = []
+    for seed in (1, 2):
+        folder = tmp_path / f"projector{seed}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"seed": seed}))
+        (folder / "projector.safetensors").write_bytes(bytes([seed]) * 100_000)
+        with open_run(EXPERIMENT, f"projector {seed}", params={}, tags={}) as run:
+            run.log_artifacts(folder, "projector")
+            run.log_artifact(folder / "config.json", "recipe")
+            versions.append(register_projector(run.run_id, "projector", "tinyemo-test", tags={"data": "real"}))
+        folders.append(folder)
+    assert versions == ["1", "2"]
+    artifact_uri = client(server).get_run(run.run_id).info.artifact_uri
+    assert artifact_uri.startswith("mlflow-artifacts:/")
+    for uri, folder in [
+        ("models:/tinyemo-test@champion", folders[1]),
+        ("models:/tinyemo-test/1", folders[0]),
+        (f"runs:/{run.run_id}/projector", folders[1]),
+        (f"{artifact_uri}/projector", folders[1]),
+    ]:
+        brought = download_artifacts(uri)
+        assert {f.name: f.read_bytes() for f in brought.iterdir()} == {f.name: f.read_bytes() for f in folder.iterdir()}
+    single = download_artifacts(f"runs:/{run.run_id}/recipe/config.json", tmp_path / "single")
+    assert single.read_text() == '{"seed": 2}'
+    assert single.is_relative_to(tmp_path / "single")
+    version = client(server).get_model_version_by_alias("tinyemo-test", "champion")
+    assert (version.version, version.run_id, version.tags) == ("2", run.run_id, {"data": "real"})
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "models:/nobody@champion",
+        "models:/nobody/7",
+        "runs:/0123456789abcdef0123456789abcdef/projector",
+        "mlflow-artifacts:/1/none/artifacts/projector",
+    ],
+)
+def test_a_missing_artifact_is_one_line(server, uri):
+    with pytest.raises(AssetError) as caught:
+        download_artifacts(uri)
+    assert uri in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_the_artifact_registers_nothing(server, tmp_path):
+    with open_run(EXPERIMENT, "empty", params={}, tags={}) as run:
+        with pytest.raises(AssetError, match="no artifact 'projector'"):
+            register_projector(run.run_id, "projector", "never-registered", tags={})
+        with pytest.raises(FileNotFoundError):
+            run.log_artifact(tmp_path / "none.json")
+        with pytest.raises(NotADirectoryError):
+            run.log_artifacts(tmp_path / "none", "projector")
+    with pytest.raises(AssetError):
+        download_artifacts(f"runs:/{run.run_id}/projector")
+    assert not client(server).search_registered_models("name = 'never-registered'")
+
+
+def test_an_address_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match="runs:/, models:/"):
+        download_artifacts("s3://bucket/projector")
+
+
+def test_without_an_address_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="tinyemo platform up"):
+        require_server()
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is not set"):
+        RunLogger("run").log_curve([(1, {"train/loss": 1.0})])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(ConfigError, match="http or https"):
+        require_server()
+
+
+def test_a_server_that_is_gone_is_one_line_within_seconds(monkeypatch):
+    """The password of the address is never shown."""
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+    start = time.monotonic()
+    with pytest.raises(PlatformError) as caught, open_run(EXPERIMENT, "never", params={}, tags={}):
+        pass
+    assert time.monotonic() - start < 5
+    assert f"no MLflow server answers at http://127.0.0.1:{port} (" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_goes_away_under_a_run_hides_no_error(server, monkeypatch, caplog):
+    """Writing fails in one line after a few retries; the error of the block comes through where closing fails too."""
+    start = time.monotonic()
+    with (  # noqa: PT012  # the address changes within the run
+        caplog.at_level(logging.ERROR),
+        pytest.raises(PlatformError, match="failed to log metrics") as caught,
+        open_run(EXPERIMENT, "cut off", params={}, tags={}) as run,
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        run.log_metrics({"train/loss": 1.0}, step=1)
+    assert time.monotonic() - start < 60
+    assert "\n" not in str(caught.value)
+    assert "may still be shown as RUNNING" in caplog.text
+
+
+def test_a_stranger_on_the_port_is_no_mlflow(monkeypatch):
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # http.server's name
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    stranger = HTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=stranger.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{stranger.server_port}")
+    with pytest.raises(PlatformError, match="is no MLflow server"):
+        require_server()
+    stranger.shutdown()
+    stranger.server_close()
+
+
+def test_git_state_falls_back_to_the_environment(tmp_path):
+    """A copy outside any checkout, as in a Ray job's working directory."""
+    package = tmp_path / "orchestration"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "provenance.py").write_text((REPOSITORY / "orchestration/provenance.py").read_text())
+    code = "import json; from orchestration.provenance import git_state; print(json.dumps(git_state()))"
+
+    def state(**variables: str) -> dict[str, str]:
+        environment = {"PATH": os.environ["PATH"]} | variables
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60
+        )
+        return json.loads(done.stdout)
+
+    assert state() == {"git_commit": "unknown", "git_dirty": "unknown"}
+    submitted = {"TINYEMO_GIT_COMMIT": "abc", "TINYEMO_GIT_DIRTY": "false"}
+    assert state(**submitted) == {"git_commit": "abc", "git_dirty": "false"}
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "orchestration"], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    # Python's caches from the runs above are files that git does not know.
+    (tmp_path / ".git/info/exclude").write_text("__pycache__\n")
+    committed = state(**submitted)
+    assert len(committed["git_commit"]) == 40
+    assert committed["git_dirty"] == "false"
+    (tmp_path / "new.py").touch()
+    assert state() == committed | {"git_dirty": "true"}
+
+
+def test_sigterm_handler_is_put_back_and_raises_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_interrupts():
+        with pytest.raises(Interrupted), sigterm_interrupts():
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_limits_are_mlflows():
+    from mlflow.utils import validation
+
+    assert tracking.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
+    assert tracking.TEXTS_PER_REQUEST == validation.MAX_PARAMS_TAGS_PER_BATCH
+    assert tracking.PARAM_CHARACTERS == validation.MAX_PARAM_VAL_LENGTH
+    assert tracking.TAG_CHARACTERS == validation.MAX_TAG_VAL_LENGTH
+    assert tracking.DIGEST_CHARACTERS == validation.MAX_DATASET_DIGEST_SIZE
+
+
+def test_importing_tracking_does_not_import_mlflow():
+    code = "import sys, orchestration.tracking; sys.exit('mlflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)
