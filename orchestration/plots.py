@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 # Matplotlib is imported in functions; a bare Figure draws with Agg and leaves pyplot's global state alone.
 DOTS_PER_INCH = 200
 SMOOTHED_POINTS = 50
 
 
-@dataclass(frozen=True)
-class FamilyRow:
+class FamilyRow(TypedDict):
     """One model size of a family."""
 
     name: str
@@ -21,38 +22,40 @@ class FamilyRow:
     """On test, 0 to 1."""
     num_samples: int
     """Test images behind it."""
-    is_random: bool
-    """The label embeddings come from seeded random weights, not from the LLM."""
+    note: str
+    """What is not real about it, for instance "random weights"; empty where nothing is."""
 
 
-def plot_confusion(confusion: Sequence[Sequence[int]], words: Sequence[str], path: Path, title: str) -> None:
+def plot_confusion(confusion: ArrayLike, words: Sequence[str], path: Path, title: str) -> None:
     """Write the confusion matrix: colour is the share of the true class, the number counts samples.
 
     Args:
-        confusion: (C, C) counts, rows the true class.
+        confusion: (C, C) counts, rows the true class; nested lists, an array or a tensor.
         words: C labels.
         path: of the PNG.
         title: says what data and weights stand behind it.
     """
+    import numpy as np
     from matplotlib.figure import Figure
 
     num_classes = len(words)
-    shares = [[count / max(sum(row), 1) for count in row] for row in confusion]
+    counts = np.asarray(confusion)
+    num_samples = counts.sum(axis=1)
+    shares = counts / np.maximum(num_samples, 1)[:, None]
     side_inches = max(4.5, 0.42 * num_classes + 2.2)
     figure = Figure(figsize=(side_inches + 0.8, side_inches), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [f"{word} ({sum(row)})" for word, row in zip(words, confusion, strict=True)]
+    labels = [f"{word} ({number})" for word, number in zip(words, num_samples, strict=True)]
     axes.set_xticks(range(num_classes), words, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(num_classes), labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (number of samples)")
-    for true, row in enumerate(confusion):
-        for predicted, count in enumerate(row):
-            if count:
-                colour = "white" if shares[true][predicted] > 0.55 else "black"
-                size = 9 if num_classes <= 10 else 7
-                axes.text(predicted, true, str(count), ha="center", va="center", color=colour, fontsize=size)
+    for true, predicted in np.argwhere(counts):
+        colour = "white" if shares[true, predicted] > 0.55 else "black"
+        size = 9 if num_classes <= 10 else 7
+        text = str(counts[true, predicted])
+        axes.text(predicted, true, text, ha="center", va="center", color=colour, fontsize=size)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     _write(figure, path, title)
 
@@ -90,7 +93,7 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: s
 
 
 def plot_family(rows: Sequence[FamilyRow], path: Path, title: str) -> None:
-    """Write test accuracy by model size; sizes with random weights are hatched and marked so.
+    """Write test accuracy by model size; sizes with a note are hatched and carry it.
 
     Args:
         rows: in the order to draw them.
@@ -103,20 +106,20 @@ def plot_family(rows: Sequence[FamilyRow], path: Path, title: str) -> None:
     figure = Figure(figsize=(max(5.0, 1.45 * len(rows) + 1.2), 4.2), layout="constrained")
     axes = figure.add_subplot()
     for position, row in enumerate(rows):
-        hatch, colour = ("///", "#c9d7e8") if row.is_random else (None, "#2b6cb0")
-        axes.bar(position, row.top1_accuracy, 0.62, color=colour, hatch=hatch, edgecolor="#1a3f66")
+        hatch, colour = ("///", "#c9d7e8") if row["note"] else (None, "#2b6cb0")
+        axes.bar(position, row["top1_accuracy"], 0.62, color=colour, hatch=hatch, edgecolor="#1a3f66")
         axes.annotate(
-            f"{100 * row.top1_accuracy:.1f} %",
-            (position, row.top1_accuracy),
+            f"{100 * row['top1_accuracy']:.1f} %",
+            (position, row["top1_accuracy"]),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
         )
-    marks = [f"{row.name}\n{'random weights' if row.is_random else 'real weights'}" for row in rows]
+    marks = [f"{row['name']}\n{row['note'] or 'real weights'}".replace(", ", ",\n") for row in rows]
     axes.set_xticks(range(len(rows)), marks, fontsize=9)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    counts = sorted({row.num_samples for row in rows})
+    counts = sorted({row["num_samples"] for row in rows})
     axes.set_ylabel(f"test top-1 accuracy ({' / '.join(map(str, counts))} images)")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

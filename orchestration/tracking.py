@@ -35,8 +35,8 @@ METRICS_PER_REQUEST, TEXTS_PER_REQUEST = 1000, 100
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 6000, 8000, 36
 URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 
-__all__ = ["RunHandle", "RunInfo", "RunLogger", "download_artifacts", "find_run", "git_state",
-           "open_run", "register_projector", "require_server"]  # fmt: skip
+__all__ = ["RunHandle", "RunInfo", "RunLogger", "download_artifacts", "find_run", "flatten",
+           "git_state", "open_run", "register_projector", "require_server"]  # fmt: skip
 
 Points = Sequence[tuple[int, dict[str, float]]]
 """(step, metrics by `split/name`), in any order."""
@@ -177,7 +177,7 @@ def open_run(
     tags = identity_tags() | tags
     if parent_run_id is not None:
         tags["mlflow.parentRunId"] = parent_run_id
-    texts = _flatten(params)
+    texts = flatten(params)
     info = None
     with sigterm_interrupts():
         try:
@@ -285,6 +285,18 @@ def download_artifacts(uri: str, folder: Path | None = None) -> Path:
     return path
 
 
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A recipe as MLflow's params: nested tables as dotted keys, lists as JSON, values cut to MLflow's limit."""
+    texts: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            texts |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = json.dumps(value, default=str) if isinstance(value, list | tuple | dict) else str(value)
+            texts[f"{prefix}{key}"] = text[:PARAM_CHARACTERS]
+    return texts
+
+
 @contextmanager
 def _client(action: str) -> Iterator[Any]:
     """MLflow's client for a block; what MLflow and the network raise in it becomes a PlatformError of one line."""
@@ -373,18 +385,6 @@ def _log_texts(client: Any, run_id: str, params: dict[str, str], tags: dict[str,
     for first in range(0, max(len(entries), len(marks)), TEXTS_PER_REQUEST // 2):
         batch = slice(first, first + TEXTS_PER_REQUEST // 2)
         client.log_batch(run_id, params=entries[batch], tags=marks[batch])
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested tables as dotted keys; lists as JSON, values cut to MLflow's limit."""
-    texts: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            texts |= _flatten(value, f"{prefix}{key}.")
-        else:
-            text = json.dumps(value, default=str) if isinstance(value, list | tuple | dict) else str(value)
-            texts[f"{prefix}{key}"] = text[:PARAM_CHARACTERS]
-    return texts
 
 
 def _info(run: Any) -> RunInfo:

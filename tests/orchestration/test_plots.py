@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from orchestration.plots import FamilyRow, plot_confusion, plot_curves, plot_family
 
 EKMAN = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 FAMILY = [
-    FamilyRow("smollm2-135m", 0.742, 306, is_random=False),
-    FamilyRow("tinyemo-700m", 0.731, 306, is_random=True),
-    FamilyRow("tinyemo-880m", 0.735, 306, is_random=True),
-    FamilyRow("tinyemo-1.5b", 0.728, 306, is_random=True),
-    FamilyRow("tinyemo-3.2b", 0.737, 306, is_random=True),
+    FamilyRow(name="smollm2-135m", top1_accuracy=0.742, num_samples=306, note=""),
+    FamilyRow(name="tinyemo-700m", top1_accuracy=0.731, num_samples=306, note="random weights"),
+    FamilyRow(name="tinyemo-880m", top1_accuracy=0.735, num_samples=306, note="random weights"),
+    FamilyRow(name="tinyemo-1.5b", top1_accuracy=0.728, num_samples=306, note="random weights"),
+    FamilyRow(name="tinyemo-3.2b", top1_accuracy=0.737, num_samples=306, note="random weights"),
 ]
 
 
@@ -38,6 +39,8 @@ def test_a_confusion_matrix_grows_with_its_classes(tmp_path, num_classes):
     plot_confusion(confusion, words, tmp_path / "new" / "confusion.png", "Emotion6 test, random weights")
     height, width = drawn(tmp_path / "new" / "confusion.png")
     assert min(height, width) >= max(900, 80 * num_classes)
+    plot_confusion(torch.tensor(confusion), words, tmp_path / "tensor.png", "Emotion6 test, random weights")
+    assert (imread(tmp_path / "tensor.png") == imread(tmp_path / "new" / "confusion.png")).all()
 
 
 def test_curves_of_any_length_are_drawn(tmp_path):
@@ -60,7 +63,7 @@ def test_a_curve_that_is_not_finite_is_still_drawn(tmp_path):
 def test_random_weights_look_different_from_real_ones(tmp_path):
     plot_family(FAMILY, tmp_path / "family.png", "Projector family on Emotion6 (random weights where marked)")
     plot_family(
-        [FamilyRow(row.name, row.top1_accuracy, row.num_samples, is_random=False) for row in FAMILY],
+        [FamilyRow(**(row | {"note": ""})) for row in FAMILY],
         tmp_path / "real.png",
         "Projector family on Emotion6 (random weights where marked)",
     )
