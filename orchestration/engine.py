@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from tinyemo.config import Section
 from tinyemo.errors import TrainingError
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 logger = logging.getLogger(__name__)
 
 TAG = "engine"
+Engine = Any
+"""A `deepspeed.DeepSpeedEngine`, which is untyped."""
 
 
 class EngineConfig(Section):
@@ -76,7 +75,7 @@ def build_engine(
     num_steps: int,
     global_batch_size: int,
     world_size: int,
-) -> DeepSpeedEngine:
+) -> Engine:
     """A DeepSpeed engine over the initialised process group, with the published optimizer and schedule."""
     import deepspeed
 
@@ -132,19 +131,19 @@ def _allow_deepspeed_types() -> None:
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
-def train_step(engine: DeepSpeedEngine, loss: Tensor) -> None:
+def train_step(engine: Engine, loss: Tensor) -> None:
     """One backward pass and one optimizer step."""
     engine.backward(loss)
     engine.step()
 
 
-def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+def save_engine(engine: Engine, folder: Path) -> None:
     """Write this rank's part of the engine to its own folder; every rank calls it."""
     (folder / TAG).mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
 
-def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
+def load_engine(engine: Engine, folder: Path) -> None:
     """Restore model, optimizer and schedule from the folder that holds every rank's part.
 
     Raises:
@@ -162,7 +161,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         raise TrainingError(f"the checkpoint in {folder} holds no engine; resume from an older one or start anew")
 
 
-def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     """Every parameter and buffer whole, on CPU in fp32 (counters keep their type); every rank calls it.
 
     Under bf16 this rounds the fp32 master weights as the forward pass does.
@@ -178,7 +177,7 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         }
 
 
-def optimizer_state_bytes(engine: DeepSpeedEngine) -> int:
+def optimizer_state_bytes(engine: Engine) -> int:
     """Bytes of this rank's optimizer-state tensors (moments and, where DeepSpeed keeps one, the fp32 master copy)."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestration import storage
-from orchestration.engine import build_engine, full_state_dict, load_engine, save_engine, train_step
+from orchestration.engine import Engine, build_engine, full_state_dict, load_engine, save_engine, train_step
 from orchestration.recipe import Recipe
 from orchestration.stream import Batch, StreamPlan, open_stream
 from tinyemo.errors import TrainingError
@@ -27,9 +27,6 @@ from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import confusion_matrix
 from tinyemo.objective import Objective, build_objective
 from tinyemo.projector import MetricProjector
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +99,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         world_size=plan.world_size,
     )
     progress, best = restore(engine, job)
-    stream = open_stream(
-        ray.train.get_dataset_shard("samples"), plan, rank=rank, start_step=progress.step
-    )
+    stream = open_stream(ray.train.get_dataset_shard("samples"), plan, rank=rank, start_step=progress.step)
     validation: list[Batch] = []
     curve: list[dict[str, float]] = []
     confusion = torch.zeros(len(job.words), len(job.words), dtype=torch.int64)
@@ -135,7 +130,7 @@ def _is_due(every_steps: int, step: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def take_step(engine: DeepSpeedEngine, objective: Objective, batch: Batch, device: torch.device) -> dict[str, float]:
+def take_step(engine: Engine, objective: Objective, batch: Batch, device: torch.device) -> dict[str, float]:
     """One optimizer step; its loss and learning rate.
 
     Raises:
@@ -155,7 +150,7 @@ def take_step(engine: DeepSpeedEngine, objective: Objective, batch: Batch, devic
 
 
 def validate(
-    engine: DeepSpeedEngine,
+    engine: Engine,
     job: TrainJob,
     objective: Objective,
     validation: list[Batch],
@@ -211,9 +206,7 @@ def evaluate(
     return sums[:-1].round().long().reshape(num_classes, num_classes).cpu(), float(sums[-1])
 
 
-def report(
-    engine: DeepSpeedEngine, progress: Progress, best: dict[str, Tensor], metrics: dict[str, Any]
-) -> None:
+def report(engine: Engine, progress: Progress, best: dict[str, Tensor], metrics: dict[str, Any]) -> None:
     """Checkpoint to S3, every rank its own part, and metrics to the driver's run; a barrier."""
     import ray.train
 
@@ -234,9 +227,7 @@ def report_end(progress: Progress, best: dict[str, Tensor], confusion: Tensor, r
         if rank == 0:
             _write_progress(Path(name), progress, best)
         checkpoint = ray.train.Checkpoint.from_directory(name) if rank == 0 else None
-        ray.train.report(
-            {**asdict(progress), "confusion": confusion.tolist(), "is_final": True}, checkpoint=checkpoint
-        )
+        ray.train.report({**asdict(progress), "confusion": confusion.tolist(), "is_final": True}, checkpoint=checkpoint)
 
 
 def _write_progress(folder: Path, progress: Progress, best: dict[str, Tensor]) -> None:
@@ -245,7 +236,7 @@ def _write_progress(folder: Path, progress: Progress, best: dict[str, Tensor]) -
         save_file(best, folder / BEST_WEIGHTS)
 
 
-def restore(engine: DeepSpeedEngine, job: TrainJob) -> tuple[Progress, dict[str, Tensor]]:
+def restore(engine: Engine, job: TrainJob) -> tuple[Progress, dict[str, Tensor]]:
     """Progress and best weights of the checkpoint that the job names, the engine restored to it; else a fresh start."""
     if job.resume_from is None:
         return Progress(), {}

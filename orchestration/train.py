@@ -145,7 +145,9 @@ def write_claim(folder: str, preparation: Preparation, run_id: str) -> None:
         "recipe": preparation.recipe.model_dump(mode="json"),
     }
     if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):
-        raise TrainingError(f"another job started {preparation.recipe.name} just now: wait for it, or choose another name")
+        raise TrainingError(
+            f"another job started {preparation.recipe.name} just now: wait for it, or choose another name"
+        )
 
 
 def _tags(preparation: Preparation) -> dict[str, str]:
@@ -170,9 +172,7 @@ def _log_inputs(run: tracking.RunHandle, preparation: Preparation) -> None:
         run.log_artifact(path)
 
 
-def _result(
-    preparation: Preparation, run: tracking.RunHandle, final: PhaseState, selected: PhaseState
-) -> TrainResult:
+def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState, selected: PhaseState) -> TrainResult:
     recipe = preparation.recipe
     confusion = torch.tensor(final.metrics["confusion"])
     scores = scores_from_confusion(confusion, preparation.words)
@@ -269,4 +269,3 @@ def _card(preparation: Preparation, result: TrainResult) -> dict[str, CardValue]
         "test_top1_accuracy": result.test_top1_accuracy,
         "num_test": result.num_test,
     }
-

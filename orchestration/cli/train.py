@@ -102,7 +102,9 @@ def _show_report(name: str, state: PhaseState) -> None:
     accuracy = metrics.get("val/top1_accuracy")
     shown = f"val top-1 {accuracy:.4f}" if accuracy is not None else "no validation"
     rate = metrics["train/samples_per_s"]
-    typer.echo(f"  {name}: step {state.step}, {shown}, best epoch {metrics['best_epoch']}, {rate:,.0f} samples/s", err=True)
+    typer.echo(
+        f"  {name}: step {state.step}, {shown}, best epoch {metrics['best_epoch']}, {rate:,.0f} samples/s", err=True
+    )
 
 
 def _show_results(results: list[TrainResult], as_json: bool) -> None:

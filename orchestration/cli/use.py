@@ -168,9 +168,7 @@ def _embed_more(model: MetricProjector, labels: LabelEmbeddings, missing: Sequen
         raise DataError(
             f"no embedding for {', '.join(missing)}, and {labels.llm!r} is not in the family: leave these words out"
         )
-    revision = labels.llm_revision
-    seed = int(revision.removeprefix("seed-")) if revision.startswith("seed-") else 0
-    table = open_embedding_table(size.name, labels.llm_weights, seed)
+    table = open_embedding_table(size.name, labels.llm_weights, int(model.card.get("llm_seed", 0)))
     return labels.extended(embed_labels(table, missing, labels.template))
 
 

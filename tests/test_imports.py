@@ -1,0 +1,51 @@
+"""The house's rules about who imports what, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OWNERS = {
+    "deepspeed": {"engine.py"},
+    "mlflow": {"tracking.py", "tracking_server.py"},
+    "boto3": {"storage.py"},
+    "botocore": {"storage.py"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every module that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"{package} has no files"
+    return found
+
+
+def test_the_model_science_knows_no_cluster() -> None:
+    foreign = {"ray", "deepspeed", "mlflow", "boto3", "botocore", "orchestration", "cluster"}
+    assert {str(p): imported(p) & foreign for p in files("tinyemo") if imported(p) & foreign} == {}
+
+
+def test_one_module_owns_each_outside_service() -> None:
+    trespassing = [
+        f"{path.name} imports {service}"
+        for path in [*files("orchestration"), *files("cluster")]
+        for service, owners in OWNERS.items()
+        if service in imported(path) and path.name not in owners
+    ]
+    assert trespassing == []
+
+
+def test_the_platform_knows_no_training() -> None:
+    foreign = {"torch", "tinyemo.projector", "deepspeed", "transformers"}
+    assert {str(p): imported(p) & foreign for p in files("cluster") if imported(p) & foreign} == {}
