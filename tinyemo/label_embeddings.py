@@ -27,6 +27,8 @@ from tinyemo.errors import ConfigError, DataError
 from tinyemo.families import FAMILY
 from tinyemo.taxonomies import LABELS, canonical_word, render, synonyms
 
+METADATA_KEY = "label_embeddings"
+
 
 class LabelConfig(Section):
     """Which words are the labels, and what text and language model stand for them."""
@@ -114,13 +116,15 @@ class LabelEmbeddings:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically; everything but the vectors is in its metadata."""
-        metadata = {
-            "words": json.dumps(self.words),
+        document = {
+            "words": self.words,
             "llm": self.llm,
             "llm_revision": self.llm_revision,
             "llm_weights": self.llm_weights,
             "template": self.template,
         }
+        # One entry: safetensors writes several in an order that changes, and the same labels would not be the same file.
+        metadata = {METADATA_KEY: json.dumps(document)}
         write_atomically(path, save({"vectors": self.vectors.contiguous()}, metadata=metadata))
 
     @classmethod
@@ -132,9 +136,9 @@ class LabelEmbeddings:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, vectors = file.metadata() or {}, file.get_tensor("vectors")
-            words = tuple(json.loads(metadata.pop("words")))
-            loaded = cls(words=words, vectors=vectors, **metadata)
+                document, vectors = json.loads((file.metadata() or {})[METADATA_KEY]), file.get_tensor("vectors")
+            words = tuple(document.pop("words"))
+            loaded = cls(words=words, vectors=vectors, **document)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not a file of label embeddings: {error}") from error
         if loaded.vectors.shape[0] != len(words):

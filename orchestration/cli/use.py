@@ -65,7 +65,7 @@ def evaluate(
     _show([_recall_table(scores)], _cautions(document))
 
 
-def predict(  # noqa: PLR0917  options of a command, given by name
+def predict(
     projector: ProjectorOption,
     features: FeaturesOption,
     taxonomy: TaxonomyOption = None,
