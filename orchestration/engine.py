@@ -187,8 +187,8 @@ def optimizer_state_bytes(engine: Engine) -> int:
 
 def compile_ops() -> None:
     """Compile the collectives DeepSpeed uses on a CPU, once a machine; torch keeps them for every later process."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
     from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
 
     build_shm_op()
 

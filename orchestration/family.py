@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestration import tracking
 from orchestration.labels import label_embeddings
-from orchestration.plots import plot_family
+from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_recipe, to_toml
 from orchestration.train import OnReport, TrainResult, notes, train
 from tinyemo.errors import AssetError, ConfigError
@@ -84,7 +84,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
 
 
 def _log_overview(run: tracking.RunHandle, recipe: Recipe, results: list[TrainResult]) -> None:
-    rows = [
+    rows: list[FamilyRow] = [
         {"name": r.llm, "top1_accuracy": r.test_top1_accuracy, "num_samples": r.num_test, "note": notes(r)}
         for r in results
     ]

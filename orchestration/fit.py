@@ -218,7 +218,8 @@ def find_cause(errors: list[BaseException]) -> TinyEmoError | None:
             # Ray's mixture of its own error and ours prints a remote traceback: say our line alone.
             kind = next(k for k in type(error).__mro__ if k.__module__ == TinyEmoError.__module__)
             inner = getattr(error, "cause", error)
-            return kind(str(inner).strip().splitlines()[0] if inner is error else str(inner))
+            found: TinyEmoError = kind(str(inner).strip().splitlines()[0] if inner is error else str(inner))
+            return found
         wrapped = [error.__cause__, error.__context__, *(getattr(error, name, None) for name in _WRAPPERS)]
         errors += [inner for inner in wrapped if isinstance(inner, BaseException)]
     return None

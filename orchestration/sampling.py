@@ -1,8 +1,9 @@
 """Which sample stands where: a pure function of (seed, epoch, index), whoever reads it.
 
-The samples of a run form one endless sequence: the rows of the split in the order of epoch 0, then in that of epoch 1,
-and so on. Optimizer step `s` takes the samples [s * B, (s + 1) * B) of it, rank `r` the r-th of `world_size` equal slices
-of those. So no tail is dropped between epochs, and neither the number of workers nor a restart changes what a step holds.
+The samples of a run form one endless sequence: the rows of the split in the order of epoch 0, then in that of epoch
+1, and so on. Optimizer step `s` takes the samples [s * B, (s + 1) * B) of it, rank `r` the r-th of `world_size` equal
+slices of those. So no tail is dropped between epochs, and neither the number of workers nor a restart changes what a
+step holds.
 
 Inside an epoch the order is shuffled in two levels, so that a window of steps touches few shards of a large data set:
 chunks of neighbouring rows are permuted, then rows inside pools of `pool_rows`. A split that fits into one pool is
@@ -11,6 +12,7 @@ permuted as a whole.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,7 +91,7 @@ class TrainPlan:
         """Step ranges [first, last) from `start_step` to the end, cut where a fresh run would cut them."""
         cuts = [start_step, *range(0, self.num_steps, steps_per_window), self.num_steps]
         edges = sorted({cut for cut in cuts if cut >= start_step})
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
 
 def rank_slice(num_rows: int, rank: int, world_size: int) -> slice:

@@ -51,7 +51,7 @@ def load_splits(manifest: Manifest, words: tuple[str, ...]) -> dict[str, SplitRo
     foreign = sorted(set(np.unique(label_ids).tolist()) - lookup.keys())
     if foreign:
         raise DataError(
-            f"{manifest.uri}: {len(foreign)} labels of the data set ({manifest.taxonomy}) are not among the recipe's words "
+            f"{manifest.uri}: {len(foreign)} labels of the data set ({manifest.taxonomy}) are not among the words "
             f"{', '.join(words)}; set labels.taxonomy to the data set's own"
         )
     labels = np.array([lookup[i] for i in label_ids.tolist()], dtype=np.int64)

@@ -1,10 +1,10 @@
 """Ray Data streams the rows of a run from S3 to its workers, each in the order of the plan.
 
-A stream is a list of items: the validation rows first, then the training steps in windows, then the test rows, once, at
-the end. One Ray Data task reads one item and yields one row for each rank, in rank order; that row carries the rank's
-part of the item as Arrow IPC bytes, which no block splitter can cut or merge. With `preserve_order` the streaming split
-hands these rows to the ranks in turn. `open_stream` checks what arrives against the plan, so a stream out of order is an
-error and never a silently different run.
+A stream is a list of items: the validation rows first, then the training steps in windows, then the test rows, once,
+at the end. One Ray Data task reads one item and yields one row for each rank, in rank order; that row carries the
+rank's part of the item as Arrow IPC bytes, which no block splitter can cut or merge. With `preserve_order` the
+streaming split hands these rows to the ranks in turn. `open_stream` checks what arrives against the plan, so a stream
+out of order is an error and never a silently different run.
 """
 
 from __future__ import annotations

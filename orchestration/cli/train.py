@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
 from cluster.environment import load_platform_environment
 
 if TYPE_CHECKING:
