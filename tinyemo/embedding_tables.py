@@ -120,7 +120,7 @@ class _StoredTable:
         outside = [token for token in ids if not 0 <= token < self.num_rows]
         if outside:
             raise DataError(f"token {outside[0]} lies outside the table of {self.name}, which has {self.num_rows} rows")
-        return self._read(ids)
+        return self._read(ids) if ids else torch.empty((0, self.width))
 
 
 def random_table(

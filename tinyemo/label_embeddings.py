@@ -123,7 +123,7 @@ class LabelEmbeddings:
             "llm_weights": self.llm_weights,
             "template": self.template,
         }
-        # One entry: safetensors writes several in an order that changes, and the same labels would not be the same file.
+        # One entry: safetensors writes several in an order that changes, so the same labels would give other bytes.
         metadata = {METADATA_KEY: json.dumps(document)}
         write_atomically(path, save({"vectors": self.vectors.contiguous()}, metadata=metadata))
 

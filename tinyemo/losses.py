@@ -117,7 +117,7 @@ def prototype(
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
-def compute_loss(  # noqa: PLR0917  each tensor is named like the parameter at the one call
+def compute_loss(
     config: LossConfig,
     image_embeds: Tensor,
     labels: Tensor,
