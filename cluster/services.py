@@ -1,0 +1,230 @@
+"""The three servers of the local platform: command, environment, ports and health check of each.
+
+All listen on loopback. Secrets travel in files of mode 0600 or in the environment, never on a command line.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import secrets
+import shutil
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.state import PlatformState
+from tinyemo.errors import PlatformError
+
+HOST = "127.0.0.1"
+GRPC_OFFSET = 4
+"""SeaweedFS takes 10,000 otherwise, which lands in ranges that other programs pick from."""
+HEALTH_TIMEOUT_S = 3.0
+SERVICE_NAMES = ("s3", "mlflow", "ray")
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port that a service listens on and the option that moves it."""
+
+    number: int
+    purpose: str
+    option: str
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """A GET that a healthy service answers with 200 and, where given, a text."""
+
+    port: int
+    path: str
+    expects: str = ""
+    token_file: Path | None = None
+    """File with the bearer token that the service wants."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """How one server is started, watched and ended."""
+
+    name: str
+    title: str
+    address: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    folder: Path
+    """Working folder of the process."""
+    log: Path
+    ports: tuple[Port, ...]
+    health: HealthCheck
+    start_timeout_s: float
+    stop_grace_s: float
+    """From SIGTERM to SIGKILL."""
+    leftovers: tuple[Path, ...] = ()
+    """Files that the process leaves outside the state folder."""
+
+
+def build_services(folder: Path, state: PlatformState) -> dict[str, Service]:
+    """The three services by name, in the order in which they start."""
+    return {
+        "s3": build_s3(folder, state),
+        "mlflow": build_mlflow(folder, state),
+        "ray": build_ray(folder, state),
+    }
+
+
+def build_s3(folder: Path, state: PlatformState) -> Service:
+    """SeaweedFS: one process with master, volume server, filer and S3 gateway."""
+    roles = ("s3", "master", "volume", "filer")
+    numbers = {role: state.ports.s3 + offset for offset, role in enumerate(roles)}
+    command = [find_program("weed"), "server", "-dir", str(folder / "s3"), "-ip", HOST, "-ip.bind", HOST]
+    command += ["-filer", "-s3", "-s3.config", str(folder / "credentials" / "s3.json")]
+    for role, number in numbers.items():
+        command += [f"-{role}.port", str(number), f"-{role}.port.grpc", str(number + GRPC_OFFSET)]
+    # Off: the catalogues nobody asked for, telemetry, and buckets that appear by a typing mistake.
+    command += ["-s3.port.iceberg", "0", "-s3.port.lance", "0", "-master.telemetry=false", "-s3.autoCreateBucket=false"]
+    # Small volumes and many: each bucket takes several. One master elects itself, so a restart need not wait 10 s.
+    command += ["-master.volumeSizeLimitMB", "64", "-volume.max", "300", "-master.electionTimeout", "1s"]
+    command += ["-volume.preStopSeconds", "0"]
+    environment = base_environment()
+    # Without these, volume server and filer would answer anybody on this machine, past the S3 gateway.
+    for role in ("", "FILER_"):
+        environment[f"WEED_JWT_{role}SIGNING_KEY"] = secrets.token_hex(32)
+        environment[f"WEED_JWT_{role}SIGNING_READ_KEY"] = secrets.token_hex(32)
+    ports = [Port(number, f"SeaweedFS {role}", "--s3-port") for role, number in numbers.items()]
+    ports += [Port(number + GRPC_OFFSET, f"SeaweedFS {role} gRPC", "--s3-port") for role, number in numbers.items()]
+    return Service(
+        name="s3",
+        title="SeaweedFS S3",
+        address=f"http://{HOST}:{state.ports.s3}",
+        command=tuple(command),
+        environment=environment,
+        folder=folder,
+        log=folder / "logs" / "s3.log",
+        ports=tuple(ports),
+        health=HealthCheck(port=state.ports.s3, path="/healthz"),
+        start_timeout_s=60,
+        # After a second it only waits, 15 s long, for a gRPC stream between its own parts; what it took is on disk.
+        stop_grace_s=2,
+        leftovers=tuple(
+            Path("/tmp") / f"seaweedfs-{name}.sock"
+            for role, number in numbers.items()
+            for name in (f"{role}-{number}", f"{role}-grpc-{number + GRPC_OFFSET}")
+        ),
+    )
+
+
+def build_mlflow(folder: Path, state: PlatformState) -> Service:
+    """An MLflow server on SQLite that passes artifacts through to S3."""
+    port = state.ports.mlflow
+    command = [find_program("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"]
+    command += ["--serve-artifacts", "--artifacts-destination", f"s3://{state.bucket}/mlflow"]
+    command += ["--allowed-hosts", f"{HOST}:{port},localhost:{port}"]
+    s3 = _select(state.environment, "AWS_")
+    environment = base_environment() | s3
+    environment["MLFLOW_S3_ENDPOINT_URL"] = s3["AWS_ENDPOINT_URL"]
+    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    # Its job queue evaluates prompts; without it the server starts in half the time.
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    return Service(
+        name="mlflow",
+        title="MLflow",
+        address=f"http://{HOST}:{port}",
+        command=tuple(command),
+        environment=environment,
+        folder=folder,
+        log=folder / "logs" / "mlflow.log",
+        ports=(Port(port, "MLflow", "--mlflow-port"),),
+        health=HealthCheck(port=port, path="/health"),
+        start_timeout_s=180,
+        stop_grace_s=8,
+    )
+
+
+def build_ray(folder: Path, state: PlatformState) -> Service:
+    """A Ray head with dashboard; strangers are refused by token. Its workers inherit this environment."""
+    command = [find_program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", HOST, "--port", str(state.ports.ray)]
+    command += ["--ray-client-server-port", str(state.ports.ray + 1)]
+    command += ["--dashboard-host", HOST, "--dashboard-port", str(state.ports.dashboard)]
+    # 0: Ray picks free ones. Its defaults (52365, 10002-19999) collide with a second cluster and with SeaweedFS.
+    command += ["--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0"]
+    command += ["--num-cpus", str(state.num_cpus), "--object-store-memory", str(state.object_store_bytes)]
+    command += ["--temp-dir", str(state.ray_folder)]
+    services = _select(state.environment, "AWS_", "MLFLOW_", "TINYEMO_", "RAY_AUTH_", "RAY_USAGE_")
+    environment = base_environment() | services
+    # Ray turns 127.0.0.1 into the machine's own address unless it believes in a single-node system; only then do all
+    # its servers keep to loopback.
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Two metric exporters with fixed ports (44217, 44227) otherwise.
+    environment |= {"AUTOSCALER_METRIC_PORT": "0", "DASHBOARD_METRIC_PORT": "0"}
+    return Service(
+        name="ray",
+        title="Ray dashboard",
+        address=f"http://{HOST}:{state.ports.dashboard}",
+        command=tuple(command),
+        environment=environment,
+        # Jobs submitted without a working folder of their own run where `up` was called.
+        folder=Path.cwd(),
+        log=folder / "logs" / "ray.log",
+        ports=(
+            Port(state.ports.ray, "Ray", "--ray-port"),
+            Port(state.ports.ray + 1, "Ray client server", "--ray-port"),
+            Port(state.ports.dashboard, "Ray dashboard", "--dashboard-port"),
+        ),
+        # The dashboard answers before the node is there; a job needs the node.
+        health=HealthCheck(
+            port=state.ports.dashboard,
+            path="/nodes?view=summary",
+            expects='"state": "ALIVE"',
+            token_file=folder / "credentials" / "ray_token",
+        ),
+        start_timeout_s=180,
+        stop_grace_s=15,
+    )
+
+
+def find_program(name: str) -> str:
+    """Path of a program of this Python environment, else of PATH.
+
+    Raises:
+        PlatformError: where it is not installed.
+    """
+    path = shutil.which(name, path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
+    if path is None:
+        raise PlatformError(f"the program {name!r} is not installed: run `make setup`")
+    return path
+
+
+def base_environment() -> dict[str, str]:
+    """Our environment without anybody's endpoints and credentials, with this Python's programs first in PATH."""
+    dropped = ("AWS_", "MLFLOW_", "WEED_", "RAY_AUTH_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    environment = {
+        name: value for name, value in os.environ.items() if name == "AWS_CA_BUNDLE" or not name.startswith(dropped)
+    }
+    environment["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), environment.get("PATH", os.defpath)))
+    # A proxy of the user's network has nothing to do on loopback.
+    environment.setdefault("NO_PROXY", f"{HOST},localhost")
+    return environment
+
+
+def is_healthy(check: HealthCheck) -> bool:
+    """Whether the service answers its health check now."""
+    headers = {}
+    if check.token_file is not None:
+        headers["Authorization"] = f"Bearer {check.token_file.read_text()}"
+    connection = http.client.HTTPConnection(HOST, check.port, timeout=HEALTH_TIMEOUT_S)
+    try:
+        connection.request("GET", check.path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status == http.client.OK and check.expects in answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _select(environment: Mapping[str, str], *prefixes: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(prefixes)}

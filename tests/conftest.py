@@ -1,0 +1,79 @@
+"""The local platform for the whole session: real servers on free ports, started when the first test asks for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster import platform as local_platform
+from cluster.state import load_state
+from orchestration.storage import ensure_bucket
+
+FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
+"""Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""
+
+
+@dataclass(frozen=True)
+class RunningPlatform:
+    """A platform that is up."""
+
+    folder: Path
+    """Its state folder."""
+    environment: dict[str, str]
+    """What a driver needs; set before `import ray`, so give it to a subprocess."""
+    ports: dict[str, int]
+
+
+def find_free_ports(count: int, first: int = FIRST_TEST_PORT) -> int:
+    """The first of `count` free ports in a row."""
+    for start in range(first, LAST_TEST_PORT, 16):
+        try:
+            for port in range(start, start + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return start
+    raise RuntimeError(f"no {count} free ports in a row")
+
+
+def choose_platform_ports() -> dict[str, int]:
+    """Free ports for one platform."""
+    # Two sessions on one machine start their search far apart.
+    first = find_free_ports(12, FIRST_TEST_PORT + os.getpid() % 500 * 16)
+    return {"s3": first, "mlflow": first + 8, "ray": first + 9, "dashboard": first + 11}
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[RunningPlatform]:
+    """A platform of our own in a short temporary folder; nothing is exported, and it ends with the session."""
+    folder = Path(tempfile.mkdtemp(prefix="te-"))
+    ports = choose_platform_ports()
+    try:
+        local_platform.up(folder, ensure_bucket, ports=ports, num_cpus=2, object_store_gb=0.5)
+        state = load_state(folder)
+        assert state is not None
+        yield RunningPlatform(folder, dict(state.environment), ports)
+    finally:
+        local_platform.down(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def platform_environment(platform: RunningPlatform, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The platform in this test's environment, S3 and MLflow in reach of this process.
+
+    Ray reads its token settings once, when it is imported: a driver belongs into a subprocess, which inherits them.
+    """
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in platform.environment.items():
+        monkeypatch.setenv(name, value)
+    return platform.environment
