@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tinyemo.errors import DataError
 
 BATCH_ROWS = 1024
+READ_BUFFER_BYTES = 1 << 20
 FeatureDtype = Literal["float16", "float32"]
 
 GENERATED_ROWS = {"train": 200, "test": 50}
@@ -86,7 +87,8 @@ def _open_parquet(path: Path, split: str | None) -> pq.ParquetFile:
         DataError: where it is corrupt, empty or lacks a column.
     """
     try:
-        file = pq.ParquetFile(path)
+        # Buffered: otherwise the whole column of a row group comes into memory at once.
+        file = pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({_first_line(error)}): write it again") from error
     names = file.schema_arrow.names

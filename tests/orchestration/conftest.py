@@ -105,8 +105,7 @@ def s3_environment(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def bucket(s3_environment: dict[str, str]) -> str:
-    """A fresh bucket."""
-    name = f"test-{secrets.token_hex(6)}"
-    storage.ensure_bucket(name)
-    return name
+def s3_root(s3_environment: dict[str, str]) -> str:
+    """An empty folder in S3. One bucket for all tests: the first write to a new one takes a second."""
+    storage.ensure_bucket("tests")
+    return f"s3://tests/{secrets.token_hex(6)}"
