@@ -190,15 +190,15 @@ def test_predict_writes_every_row(here: Path, tmp_path: Path):
     assert lines[0]["words"][0] == "joy"
 
 
-def test_a_projector_in_s3_is_used_like_a_local_one(here: Path, bucket: str):
-    storage.upload_folder(here / "projector", f"s3://{bucket}/projector")
-    arguments = ("evaluate", "--projector", f"s3://{bucket}/projector", "--features", here / "test.parquet", "--json")
+def test_a_projector_in_s3_is_used_like_a_local_one(here: Path, s3_root: str):
+    storage.upload_folder(here / "projector", f"{s3_root}/projector")
+    arguments = ("evaluate", "--projector", f"{s3_root}/projector", "--features", here / "test.parquet", "--json")
     environment = os.environ | {"TINYEMO_STATE": "/nonexistent"}
     outcome = run(arguments, environment)
     assert (outcome.code, outcome.errors) == (0, [])
     assert outcome.document["top1_accuracy"] == 0.75
     assert not {"ray", "deepspeed", "mlflow"} & set(outcome.imported)
-    gone = run(("evaluate", "--projector", f"s3://{bucket}/none", *arguments[3:]), environment)
+    gone = run(("evaluate", "--projector", f"{s3_root}/none", *arguments[3:]), environment)
     assert gone.code == 2
     assert len(gone.errors) == 1
 
