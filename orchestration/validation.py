@@ -91,7 +91,7 @@ def hash_vectors(features: npt.NDArray[np.floating]) -> pa.Array:
 class RowValidator:
     """Takes batches through `check`, then says in `finish` which rows stay.
 
-    Features are never held: ids, labels and hashes are, about 100 bytes a row.
+    Features are never held: ids, labels and hashes are, about 250 bytes a row (measured with 10,000 to 80,000 rows).
     """
 
     def __init__(self, *, feature_width: int, feature_dtype: FeatureDtype, taxonomy: str) -> None:

@@ -298,11 +298,7 @@ def test_no_row_is_ever_lost(data: st.DataObject, s3_root: str, tmp_path_factory
         )
         for name, lines in splits.items()
     }
-    try:
-        manifest = ingest(write_splits(tmp_path_factory.mktemp("r"), **tables), s3_root).manifest
-    except DataError as error:
-        assert "rows can be kept" in str(error)
-        return
+    manifest = ingest(write_splits(tmp_path_factory.mktemp("r"), **tables), s3_root).manifest
     assert manifest.rows_in == sum(map(len, splits.values())) == manifest.rows_kept + manifest.rejected.rows
     assert manifest.rejected.rows == sum(manifest.rejected.reasons.values()) == len(rejected(manifest))
     kept = {name: read_split(manifest, name).to_pylist() if name in manifest.splits else [] for name in splits}
@@ -466,29 +462,29 @@ def test_a_lost_connection_is_one_line_and_leaves_the_former_version(
 # Memory, generated rows, assets, command line
 
 
-def test_memory_does_not_grow_with_the_data(s3_root: str, tmp_path: Path) -> None:
-    """61 MB of features in one row group; Arrow's and numpy's peak stays under a third of it."""
-    count = 40_000
+def ingest_peak_bytes(folder: Path, s3_root: str, count: int) -> int:
+    """Peak of Python's, numpy's and Arrow's allocations while `count` rows in one row group go in."""
     values = pa.array(np.random.default_rng(0).standard_normal(count * 768).astype(np.float16))
-    table = pa.table(
-        {
-            "id": pa.array([f"train/{number}" for number in range(count)]),
-            "emotion": pa.array(["joy"] * count),
-            "features": pa.FixedSizeListArray.from_arrays(values, 768),
-        }
-    )
-    pq.write_table(table, tmp_path / "train.parquet", row_group_size=count)
+    columns = {
+        "id": pa.array([f"train/{number}" for number in range(count)]),
+        "emotion": pa.array(["joy"] * count),
+        "features": pa.FixedSizeListArray.from_arrays(values, 768),
+    }
+    pq.write_table(pa.table(columns), folder / "train.parquet", row_group_size=count)
     code = (
         "import sys, tracemalloc, pyarrow; from orchestration.ingest import ingest_features as f; tracemalloc.start(); "
         "f(sys.argv[1], name='small', root=sys.argv[2]); "
         "print(tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory())"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", code, str(tmp_path), s3_root]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    print("peak bytes", done.stdout)
-    assert int(done.stdout) < count * 768 * 2 / 2
-    assert verify_manifest(load_manifest(f"{s3_root}/small")) > count * 768 * 2
+    command = [sys.executable, "-c", code, str(folder), s3_root]
+    return int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def test_memory_does_not_grow_with_the_features(s3_root: str, tmp_path: Path) -> None:
+    """Ids and hashes may be kept, features may not: 24.6 MB more of them cost less than a third of that."""
+    small, large = (ingest_peak_bytes(tmp_path, s3_root, count) for count in (8_000, 24_000))
+    assert large - small < 16_000 * 768 * 2 / 3
 
 
 def test_generated_rows_say_so_and_are_the_same_everywhere(s3_root: str) -> None:
