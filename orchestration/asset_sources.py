@@ -116,7 +116,10 @@ def copy_pinned(source: Path, target: Path, sha256: str) -> None:
     """
     if not source.is_file():
         raise AssetError(f"{source} is not there")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise AssetError(f"cannot copy {source} ({error.strerror})") from error
     found = sha256_of_file(target)
     if found != sha256:
         raise AssetError(f"{source} has sha256 {found[:12]}, pinned is {sha256[:12]}")
