@@ -151,6 +151,9 @@ def _plan_rows(rows: Input, taxonomy: str, rows_per_shard: int, staged: IO[bytes
     rejections = sorted(validator.rejections, key=lambda r: (r.split or "", r.id or "", r.reason, r.row))
     if validator.num_rows != len(kept.ids) + len(rejections):
         raise AssertionError(f"{validator.num_rows} rows in, {len(kept.ids)} kept, {len(rejections)} rejected")
+    for split in kept.splits.unique().to_pylist():
+        if not re.fullmatch(r"\w[\w.-]*", split):
+            raise DataError(f"split is {split!r}: use letters, digits, underscores, dots and dashes")
     reasons = Counter(str(rejection.reason) for rejection in rejections)
     if not len(kept.ids):
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -134,12 +134,12 @@ def _width_of(path: Path, split: str | None) -> int:
         kind = file.schema_arrow.field("features").type
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size)
-    lengths = Counter(pc.list_value_length(next(_read_batches(path, split)).features).to_pylist())
+    lengths: Counter[int | None] = Counter(pc.list_value_length(next(_read_batches(path, split)).features).to_pylist())
     lengths.pop(None, None)
     lengths.pop(0, None)
     if not lengths:
         raise DataError(f"{path}: the first {BATCH_ROWS} rows have no features")
-    return lengths.most_common(1)[0][0]
+    return int(lengths.most_common(1)[0][0] or 0)
 
 
 def open_parquet_input(

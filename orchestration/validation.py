@@ -116,7 +116,8 @@ class RowValidator:
 
         canonical = self._check_labels(batch.labels, reasons)
         is_good = np.array([row not in reasons for row in rows.tolist()], dtype=bool)
-        features, rows = features[is_good], rows[is_good]
+        good: npt.NDArray[np.floating] = features[is_good]
+        rows = rows[is_good]
         taken = pa.array(rows)
         self._passed.append(
             pa.record_batch(
@@ -125,7 +126,7 @@ class RowValidator:
                     "id": batch.ids.take(taken),
                     "original": batch.labels.take(taken),
                     "label": canonical.take(taken),
-                    "vector_hash": hash_vectors(features),
+                    "vector_hash": hash_vectors(good),
                     "row": pa.array(rows + batch.start, pa.int64()),
                 }
             )
@@ -133,14 +134,14 @@ class RowValidator:
         for row, (reason, detail) in sorted(reasons.items()):
             split, sample_id, label = (column[row].as_py() for column in (batch.splits, batch.ids, batch.labels))
             self.rejections.append(Rejection(split, sample_id, label, batch.start + row, reason, detail))
-        return features
+        return good
 
     def _check_features(
         self, column: pa.Array, reasons: dict[int, tuple[Reason, str]]
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]:
         """(M, D) features of the right width and the rows (M,) that hold them; notes the reasons of all others."""
         lengths = pc.fill_null(pc.list_value_length(column), self.feature_width).to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero(lengths != self.feature_width):
+        for row in np.flatnonzero(lengths != self.feature_width).tolist():
             detail = f"features has {lengths[row]} numbers instead of {self.feature_width}"
             _note(reasons, [row], Reason.WRONG_WIDTH, detail)
         is_right = (lengths == self.feature_width) & ~column.is_null().to_numpy(zero_copy_only=False)
@@ -151,7 +152,7 @@ class RowValidator:
         with np.errstate(over="ignore", invalid="ignore"):
             features = values.to_numpy(zero_copy_only=False).reshape(-1, self.feature_width).astype(self.dtype)
         num_bad = (~np.isfinite(features)).sum(axis=1)
-        for row, count in zip(rows[num_bad > 0], num_bad[num_bad > 0], strict=True):
+        for row, count in zip(rows[num_bad > 0].tolist(), num_bad[num_bad > 0], strict=True):
             _note(reasons, [row], Reason.NOT_FINITE, f"features holds {count} NaN or Inf as {self.dtype.name}")
         return features, rows
 
