@@ -144,8 +144,13 @@ def _is_live(process: psutil.Process) -> bool:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return True
         process.wait(0)
-    except (psutil.NoSuchProcess, psutil.TimeoutExpired):
-        pass
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.TimeoutExpired:
+        # Our own zombie that cannot be reaped yet has threads left, which still hold its ports. Others are reaped by
+        # their parents, or never.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(process.ppid() == os.getpid())
     return False
 
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,8 @@ class RunningPlatform:
 
     folder: Path
     """Its state folder."""
-    environment: dict[str, str]
-    """What a driver needs; set before `import ray`, so give it to a subprocess."""
+    environment: dict[str, str] = field(repr=False)
+    """What a driver needs; set before `import ray`, so give it to a subprocess. Holds secrets."""
     ports: dict[str, int]
 
 
