@@ -31,7 +31,14 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $(SETUP)
 
 demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show the results; leaves the platform up
-	./cluster/demo.sh
+	tinyemo platform up
+	if tinyemo assets get emotion6; then tinyemo ingest features emotion6 --name emotion6; \
+	else echo "##### NO DATA WITHIN REACH: going on with GENERATED features; the figures mean nothing #####"; \
+	tinyemo ingest features --generated --name generated; fi
+	. $${TINYEMO_STATE:-.tinyemo}/platform.env; ray job submit -- tinyemo family \
+	$$(tinyemo assets get emotion6 >/dev/null 2>&1 && echo family || echo family --set name=family-generated \
+	--set data.dataset=s3://tinyemo/datasets/generated)
+	tinyemo platform status
 
 test: setup ## The whole suite but gpu
 	$(BIN)/python -m pytest -m "not gpu"

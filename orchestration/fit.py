@@ -56,11 +56,13 @@ class PhaseState:
     """What `latest.json` says.
 
     Attributes:
+        folder: S3 folder of the phase.
         checkpoint: S3 folder.
         step: optimizer steps done in it.
         metrics: of the newest report; the final one holds the test confusion.
     """
 
+    folder: str
     checkpoint: str
     step: int
     is_final: bool
@@ -106,7 +108,7 @@ class ReportCallback(UserCallback):
         if not is_final:
             curve.append((step, {k: float(v) for k, v in report.items() if k.startswith(("val/", "train/"))}))
             storage.write_json(f"{self.folder}/curve/{curve[0][0]:09d}.json", curve)
-        state = PhaseState(f"s3://{checkpoint.path}", step, is_final, report)
+        state = PhaseState(self.folder, f"s3://{checkpoint.path}", step, is_final, report)
         storage.write_json(f"{self.folder}/latest.json", asdict(state))
         if self.run_logger is not None:
             renamed = [(s, {k.replace("train/", f"{self.prefix}/"): v for k, v in point.items()}) for s, point in curve]

@@ -60,12 +60,10 @@ class Progress:
     best_step: int = 0
     best_epoch: int = 0
     best_top1_accuracy: float = -1.0
-    best_cross_entropy: float = math.inf
 
     def is_beaten_by(self, metrics: dict[str, float]) -> bool:
-        """Whether a validation is better: by accuracy, then by cross-entropy."""
-        new = (metrics["val/top1_accuracy"], -metrics["val/cross_entropy"])
-        return new > (self.best_top1_accuracy, -self.best_cross_entropy)
+        """Whether a validation is at least as accurate: of equal epochs the later, which has seen more, is kept."""
+        return metrics["val/top1_accuracy"] >= self.best_top1_accuracy
 
 
 def build_projector(recipe: Recipe) -> MetricProjector:
@@ -178,7 +176,6 @@ def validate(
             best_step=progress.step,
             best_epoch=epoch,
             best_top1_accuracy=metrics["val/top1_accuracy"],
-            best_cross_entropy=metrics["val/cross_entropy"],
         ),
         weights,
     )

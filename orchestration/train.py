@@ -195,8 +195,16 @@ def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState
         test_top1_accuracy=scores.top1_accuracy,
         test_confusion=scores.confusion,
         words=list(preparation.words),
-        samples_per_s=float(final.metrics["train/samples_per_s"]),
+        samples_per_s=_samples_per_s(final),
     )
+
+
+def _samples_per_s(final: PhaseState) -> float:
+    """Rate of the last epoch that was trained."""
+    rates = [
+        metrics["train/samples_per_s"] for _, metrics in read_curve(final.folder) if "train/samples_per_s" in metrics
+    ]
+    return rates[-1]
 
 
 def notes(result: TrainResult) -> str:

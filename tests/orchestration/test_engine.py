@@ -12,7 +12,15 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from orchestration.engine import build_engine, full_state_dict, load_engine, optimizer_state_bytes, save_engine
+from orchestration.engine import (
+    build_engine,
+    build_optimizer,
+    build_schedule,
+    full_state_dict,
+    load_engine,
+    optimizer_state_bytes,
+    save_engine,
+)
 from orchestration.loop import build_projector, take_step
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.sampling import rank_slice
@@ -150,6 +158,25 @@ def test_losses_do_not_depend_on_stage_or_world_size_and_state_is_halved(tmp_pat
                 assert torch.allclose(pair[stage]["weights"][name].float(), weight.float(), atol=2e-4), (stage, name)
         share = pair[stage]["bytes"] / alone[stage]["bytes"]
         assert share == pytest.approx(1.0 if stage == 0 else 0.5, rel=0.02), stage
+
+
+def test_an_engine_is_the_plain_loop(tmp_path: Path) -> None:
+    """DeepSpeed's own defaults change a run silently (0.19.8 clips gradients at 1.0): ours may not."""
+    chosen = recipe(projector={"dropout": 0.2}, optimizer={"max_lr": 0.02})
+    ((*by_stage,),) = spawn("losses", 1, tmp_path, chosen)
+    model, goal = build_projector(chosen), objective(chosen)
+    optimizer = build_optimizer(model, chosen.optimizer)
+    schedule, losses = build_schedule(chosen.optimizer, 20)(optimizer), []
+    for step in range(8):
+        rows = batch(step, 0, 1)
+        loss = goal.step_loss(model, torch.tensor(rows.features), rows.labels, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    for stage in STAGES:
+        assert np.allclose(by_stage[stage]["losses"], losses, atol=1e-5), stage
 
 
 @pytest.mark.slow
