@@ -23,7 +23,6 @@ def describe_machine() -> dict[str, Any]:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    commit, is_dirty = git_state()
     return {
         "processor": names[0] if names else platform.processor(),
         "num_cores": os.cpu_count(),
@@ -31,8 +30,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "ray", "deepspeed", "mlflow")},
-        "commit": commit,
-        "is_dirty": is_dirty,
+        **git_state(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "note": "shared and noisy: compare figures of one file, as ratios",
     }

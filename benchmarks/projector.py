@@ -4,8 +4,8 @@ accuracy: the published schedule (5 epochs over the whole train split, no choice
 through Ray Data and two DeepSpeed workers, 5 seeds a loss; needs the platform with Emotion6 ingested (`make demo`).
 Finished runs are not repeated, so an interrupted benchmark goes on.
 
-speed: optimizer steps of DeepSpeed engines on batches in memory, at world size 1 and 2, beside a plain torch loop of the
-same model on one thread, interleaved in one process; medians. Label vectors are random there, which speed ignores.
+speed: optimizer steps of DeepSpeed engines on batches in memory, at world size 1 and 2, beside a plain torch loop of
+the same model on one thread, interleaved in one process; medians. Label vectors are random, which speed ignores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure_accuracy() -> dict[str, Any]:
     load_platform_environment()
     from orchestration.train import train
 
-    commit = git_state()[0][:8]
+    commit = git_state()["git_commit"][:8]
     means: dict[str, float] = {}
     figures: dict[str, Any] = {"by_seed": {}, "standard_error": {}, "samples_per_s_through_ray": {}}
     for loss in LOSSES:

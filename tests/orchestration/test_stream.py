@@ -100,7 +100,7 @@ def test_evaluation_rows_come_once_and_whole_with_test_at_the_end(dataset: str) 
     plan = preparation(dataset).plan(num_epochs=1, is_refit=False)
     by_rank = read_all(plan)
     for batches in by_rank:
-        assert [batch.split for batch in batches][0] == "validation"
+        assert next(batch.split for batch in batches) == "validation"
         assert [batch.split for batch in batches][-1] == "test"
     tested = [id_ for batches in by_rank for batch in batches if batch.split == "test" for id_ in batch.ids]
     assert sorted(tested) == sorted(f"test/{i}" for i in range(31))
