@@ -72,6 +72,19 @@ def build_projector(recipe: Recipe) -> MetricProjector:
     return MetricProjector(recipe.projector)
 
 
+def objective_of(recipe: Recipe, labels: LabelEmbeddings, words: tuple[str, ...]) -> Objective:
+    """What a recipe trains its projector on."""
+    return build_objective(
+        recipe.loss,
+        labels,
+        words,
+        synonyms_probability=recipe.labels.synonyms_probability,
+        seed=recipe.train.seed,
+        taxonomy=recipe.labels.taxonomy,
+        taxonomy_augmentation=recipe.labels.taxonomy_augmentation,
+    )
+
+
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Train one recipe on this rank; every rank takes the steps of the plan, and `report` is a barrier."""
     import ray.train
@@ -81,13 +94,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     recipe, plan = job.recipe, job.plan
     rank, device = ray.train.get_context().get_world_rank(), get_device()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)
-    objective = build_objective(
-        recipe.loss,
-        job.labels,
-        job.words,
-        synonyms_probability=recipe.labels.synonyms_probability,
-        seed=recipe.train.seed,
-    ).to(device)
+    objective = objective_of(recipe, job.labels, job.words).to(device)
     engine = build_engine(
         build_projector(recipe),
         recipe.engine,

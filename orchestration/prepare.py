@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from orchestration.sampling import SampleOrder, TrainPlan
 from orchestration.split import SplitRows, carve_validation, load_splits
 from orchestration.stream import Split, StreamPlan
 from tinyemo.errors import ConfigError
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import canonical_word, taxonomy_labels
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Preparation:
     manifest: Manifest
     words: tuple[str, ...]
     splits: dict[str, SplitRows]
+    left_out_words: tuple[str, ...] = ()
+    left_out: SplitRows | None = None
+    """Train rows of the labels of data.leave_out, labels as indices into `left_out_words`; None without such labels."""
 
     def plan(self, *, num_epochs: float, is_refit: bool) -> StreamPlan:
         """The stream of one phase: train with validation beside it, or both as train."""
@@ -53,9 +56,12 @@ def prepare(recipe: Recipe) -> Preparation:
         StorageError, DataError: the data set cannot be read.
     """
     manifest = load_manifest(recipe.data.dataset)
-    words = taxonomy_labels(recipe.labels.taxonomy)
-    splits = load_splits(manifest, words)
-    problems = []
+    taxonomy = taxonomy_labels(recipe.labels.taxonomy)
+    left_out_words = tuple(dict.fromkeys(canonical_word(word) for word in recipe.data.leave_out))
+    words = tuple(word for word in taxonomy if word not in left_out_words)
+    problems = _leave_out_problems(recipe, left_out_words, words)
+    all_splits = load_splits(manifest, taxonomy)
+    splits = {name: _of_words(rows, taxonomy, words) for name, rows in all_splits.items()}
     for split in ("train", "test"):
         if split not in splits:
             problems.append(f"data.dataset: {manifest.uri} has no {split} split, it has {', '.join(splits)}")
@@ -72,4 +78,23 @@ def prepare(recipe: Recipe) -> Preparation:
         )
     if problems:
         raise ConfigError(f"{recipe.name}: {len(problems)} error(s)\n" + "\n".join(f"  {p}" for p in problems))
-    return Preparation(recipe, manifest, words, splits)
+    left_out = _of_words(all_splits["train"], taxonomy, left_out_words) if left_out_words else None
+    return Preparation(recipe, manifest, words, splits, left_out_words, left_out)
+
+
+def _leave_out_problems(recipe: Recipe, left_out: tuple[str, ...], words: tuple[str, ...]) -> list[str]:
+    foreign = [word for word in left_out if word not in taxonomy_labels(recipe.labels.taxonomy)]
+    if foreign:
+        return [f"data.leave_out: {', '.join(foreign)} not among the labels of {recipe.labels.taxonomy}"]
+    if len(words) < 2:
+        return [f"data.leave_out: leaves {len(words)} labels to train on; at least 2"]
+    return []
+
+
+def _of_words(rows: SplitRows, taxonomy: tuple[str, ...], words: tuple[str, ...]) -> SplitRows:
+    """The rows whose label is among `words`, labels as indices into those."""
+    if words == taxonomy:
+        return rows
+    place = np.array([words.index(word) if word in words else -1 for word in taxonomy], dtype=np.int64)
+    kept = rows.take(np.flatnonzero(place[rows.label] >= 0))
+    return replace(kept, label=place[kept.label])

@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
+from orchestration.search_space import SearchConfig
 from orchestration.stream import DataConfig
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
@@ -85,6 +86,7 @@ class Recipe(Section):
     workers: WorkersConfig = WorkersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     family: FamilyConfig = FamilyConfig()
+    search: SearchConfig = SearchConfig()
 
     @model_validator(mode="after")
     def _check_sections_against_each_other(self) -> Self:
@@ -252,7 +254,14 @@ def to_toml(recipe: Recipe) -> str:
     lines, tables = [], []
     for key, value in recipe.model_dump(mode="json").items():
         if isinstance(value, dict):
-            tables += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None)]
+            tables += ["", f"[{key}]", *(f"{k} = {_inline(v)}" for k, v in value.items() if v is not None)]
         else:
             lines.append(f"{key} = {json.dumps(value)}")
     return "\n".join([*lines, *tables]) + "\n"
+
+
+def _inline(value: Any) -> str:
+    """One value as TOML; a table goes in one line, and none is left out."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
+    return json.dumps(value)

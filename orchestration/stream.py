@@ -42,6 +42,8 @@ class DataConfig(Section):
     """Part of the train split kept for validation, of each label, by id hash."""
     validation_fold: NonNegativeInt = 0
     """Which such part: fold k takes the k-th."""
+    leave_out: tuple[str, ...] = ()
+    """Labels whose rows are neither trained on, nor validated nor tested: what is left to measure zero-shot on."""
     shuffle_pool_rows: PositiveInt = 65_536
     """Rows shuffled together; a split with fewer rows is permuted as a whole."""
     steps_per_window: PositiveInt = 50

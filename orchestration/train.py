@@ -269,6 +269,7 @@ def _card(preparation: Preparation, result: TrainResult) -> dict[str, CardValue]
         "llm_seed": recipe.labels.seed,
         "template": recipe.labels.template,
         "taxonomy": recipe.labels.taxonomy,
+        "leave_out": ",".join(preparation.left_out_words),
         "loss": recipe.loss.name,
         "data": result.data,
         "data_uri": preparation.manifest.uri,

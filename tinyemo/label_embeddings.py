@@ -43,6 +43,8 @@ class LabelConfig(Section):
     """The labels that are told apart."""
     synonyms_probability: float = Field(0.0, ge=0, le=1)
     """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
+    taxonomy_augmentation: float = Field(0.0, ge=0, le=1)
+    """Chance that a training sample's label text is swapped for its label in another taxonomy, where there is one."""
     seed: int = Field(0, ge=0)
     """Of the random table."""
 

@@ -32,6 +32,9 @@ class LossConfig(Section):
     """Of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Of the prototype loss: the share of the target that is spread over all labels."""
+    mixup_alpha: float = Field(0.0, ge=0)
+    """Both parameters of the Beta distribution that mixes each sample's features with another's (arXiv 1710.09412);
+    0 mixes none. One weight for a step."""
 
 
 def cosine_embedding(image_embeds: Tensor, text_embeds: Tensor, *, margin: float = 0.5) -> Tensor:

@@ -6,7 +6,7 @@ Shape letters: B global batch, b this rank's part of it, T texts, C classes, D w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinyemo.distributed import gather_rows
+from tinyemo.distributed import gather_rows, rank
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.losses import LossConfig, compute_loss
-from tinyemo.taxonomies import synonyms
+from tinyemo.taxonomies import TAXONOMIES, map_label, synonyms
 
 # Streams of random numbers that must not share a seed.
-_DROPOUT, _SYNONYMS = 1, 2
+_DROPOUT, _SYNONYMS, _TAXONOMIES, _MIXUP = 1, 2, 3, 4
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -40,7 +40,9 @@ class Objective:
         text_table: (T, D) float32, L2-normalised; the first C rows are the labels' own texts.
         synonym_rows: for each label the rows of its synonyms in `text_table`.
         synonyms_probability: chance that a sample's text is swapped for one of its label's synonyms.
-        seed: of these swaps.
+        seed: of these swaps, dropout and mixup.
+        taxonomy_rows: for each label the rows of its labels in other taxonomies in `text_table`.
+        taxonomy_augmentation: chance that a sample's text is swapped for one of those; a synonym goes before.
     """
 
     loss: LossConfig
@@ -49,20 +51,33 @@ class Objective:
     synonym_rows: tuple[tuple[int, ...], ...]
     synonyms_probability: float
     seed: int
+    taxonomy_rows: tuple[tuple[int, ...], ...] = ()
+    taxonomy_augmentation: float = 0.0
 
     def text_rows(self, labels: NDArray[np.int64], step: int) -> NDArray[np.int64]:
         """Row of `text_table` for each sample of the global batch, (B,) int64; a function of (seed, step)."""
-        if self.synonyms_probability == 0:
-            return labels
-        rng = np.random.default_rng([self.seed, _SYNONYMS, step])
-        is_swapped = rng.random(len(labels)) < self.synonyms_probability
-        pick = rng.random(len(labels))
-        rows = labels.copy()
-        for i in np.flatnonzero(is_swapped):
-            choices = self.synonym_rows[labels[i]]
-            if choices:
-                rows[i] = choices[int(pick[i] * len(choices))]
+        rows = labels
+        for stream, probability, rows_of_label in (
+            (_TAXONOMIES, self.taxonomy_augmentation, self.taxonomy_rows),
+            (_SYNONYMS, self.synonyms_probability, self.synonym_rows),
+        ):
+            if probability == 0:
+                continue
+            rng = np.random.default_rng([self.seed, stream, step])
+            is_swapped = rng.random(len(labels)) < probability
+            pick = rng.random(len(labels))
+            rows = rows.copy()
+            for i in np.flatnonzero(is_swapped):
+                choices = rows_of_label[labels[i]]
+                if choices:
+                    rows[i] = choices[int(pick[i] * len(choices))]
         return rows
+
+    def mixing(self, num_rows: int, step: int) -> tuple[float, NDArray[np.int64]]:
+        """How `step` mixes: each sample's own weight in [0.5, 1], and its partner's place in the global batch, (B,)."""
+        rng = np.random.default_rng([self.seed, _MIXUP, step])
+        weight = float(rng.beta(self.loss.mixup_alpha, self.loss.mixup_alpha))
+        return max(weight, 1 - weight), rng.permutation(num_rows).astype(np.int64)
 
     def step_loss(
         self, project: Callable[[Tensor], Tensor], features: Tensor, labels: NDArray[np.int64], step: int
@@ -76,37 +91,62 @@ class Objective:
             step: number of the optimizer step.
         """
         seed_step(self.seed, step)
-        image_embeds = gather_rows(project(features))
+        text_rows = self.text_rows(labels, step)
+        if not self.loss.mixup_alpha:
+            return self._loss(gather_rows(project(features)), labels, text_rows)
+        weight, partners = self.mixing(len(labels), step)
+        # A partner may lie on another rank: with the features of all exchanged, mixing does not depend on their number.
+        own = slice(rank() * len(features), (rank() + 1) * len(features))
+        mixed = weight * features + (1 - weight) * gather_rows(features)[torch.from_numpy(partners[own])]
+        image_embeds = gather_rows(project(mixed))
+        return weight * self._loss(image_embeds, labels, text_rows) + (1 - weight) * self._loss(
+            image_embeds, labels[partners], text_rows[partners]
+        )
+
+    def _loss(self, image_embeds: Tensor, labels: NDArray[np.int64], text_rows: NDArray[np.int64]) -> Tensor:
         device = image_embeds.device
-        text_rows = torch.from_numpy(self.text_rows(labels, step)).to(device)
         return compute_loss(
-            self.loss, image_embeds, torch.tensor(labels, device=device), text_rows, self.text_table, self.label_embeds
+            self.loss,
+            image_embeds,
+            torch.tensor(labels, device=device),
+            torch.tensor(text_rows, device=device),
+            self.text_table,
+            self.label_embeds,
         )
 
     def to(self, device: torch.device) -> Objective:
         """The same with its tensors on `device`."""
-        return Objective(
-            self.loss,
-            self.label_embeds.to(device),
-            self.text_table.to(device),
-            self.synonym_rows,
-            self.synonyms_probability,
-            self.seed,
-        )
+        return replace(self, label_embeds=self.label_embeds.to(device), text_table=self.text_table.to(device))
 
 
 def build_objective(
-    loss: LossConfig, labels: LabelEmbeddings, words: tuple[str, ...], *, synonyms_probability: float, seed: int
+    loss: LossConfig,
+    labels: LabelEmbeddings,
+    words: tuple[str, ...],
+    *,
+    synonyms_probability: float,
+    seed: int,
+    taxonomy: str = "ekman",
+    taxonomy_augmentation: float = 0.0,
 ) -> Objective:
-    """The objective of telling `words` apart; their synonyms join the text table where they are used."""
-    by_word = [synonyms(word) if synonyms_probability else () for word in words]
-    extra = [text for texts in by_word for text in texts]
+    """The objective of telling `words` of `taxonomy` apart; the texts they are swapped for join the text table."""
+    by_synonym = [synonyms(word) if synonyms_probability else () for word in words]
+    by_taxonomy = [other_labels(word, taxonomy) if taxonomy_augmentation else () for word in words]
+    extra = [text for texts in (*by_synonym, *by_taxonomy) for text in texts]
     places = iter(range(len(words), len(words) + len(extra)))
     return Objective(
         loss=loss,
         label_embeds=F.normalize(labels.select(words), dim=-1),
         text_table=F.normalize(labels.select([*words, *extra]), dim=-1),
-        synonym_rows=tuple(tuple(next(places) for _ in texts) for texts in by_word),
+        synonym_rows=tuple(tuple(next(places) for _ in texts) for texts in by_synonym),
         synonyms_probability=synonyms_probability,
         seed=seed,
+        taxonomy_rows=tuple(tuple(next(places) for _ in texts) for texts in by_taxonomy),
+        taxonomy_augmentation=taxonomy_augmentation,
     )
+
+
+def other_labels(word: str, taxonomy: str) -> tuple[str, ...]:
+    """The labels of the other taxonomies that stand for a label of this one, each once, without the word itself."""
+    mapped = (map_label(word, taxonomy, other) for other in TAXONOMIES if other != taxonomy)
+    return tuple(dict.fromkeys(label for label in mapped if label is not None and label != word))

@@ -39,6 +39,8 @@ class ProjectorConfig(Section):
     """Width of the pooled image features: CLIP B/16, CLIP L/14, DINOv2-L, SigLIP so400m, EfficientNet-Lite0."""
     hidden_size: PositiveInt = 576
     """Width of the language model's input embeddings."""
+    hidden_width: PositiveInt | None = None
+    """Width of the hidden layer; none takes hidden_size, as published."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Probability that a hidden unit is dropped in training."""
     normalize_features: bool = False
@@ -58,12 +60,13 @@ class MetricProjector(nn.Module):
         """Label embeddings that came with the weights; None in a projector that was not loaded."""
         self.card: dict[str, CardValue] = {}
         """Where the weights come from; empty in a projector that was not loaded."""
+        hidden_width = config.hidden_width or config.hidden_size
         self.layers = nn.Sequential(
-            nn.Linear(config.encoder_width, config.hidden_size),
-            GlobalBatchNorm1d(config.hidden_size),
+            nn.Linear(config.encoder_width, hidden_width),
+            GlobalBatchNorm1d(hidden_width),
             nn.GELU(),
             GlobalDropout(config.dropout),
-            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.Linear(hidden_width, config.hidden_size),
         )
 
     def forward(self, features: Tensor) -> Tensor:
