@@ -6,12 +6,12 @@ import logging
 import tempfile
 from pathlib import Path
 
-from orchestration import tracking
+from orchestration import storage, tracking
 from orchestration.labels import label_embeddings
 from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_recipe, to_toml
 from orchestration.train import OnReport, TrainResult, notes, train
-from tinyemo.errors import AssetError, ConfigError
+from tinyemo.errors import AssetError, ConfigError, TrainingError
 from tinyemo.families import FAMILY
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,13 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
     if not recipe.data.validation_fraction:
         raise ConfigError("data.validation_fraction: a family needs validation rows to choose its champion by")
     children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
+    done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
+    if storage.exists(done):
+        if storage.read_json(done)["recipe_digest"] != recipe.digest():
+            raise TrainingError(
+                f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
+            )
+        return [train(child) for child in children]  # finished: each returns its result as it stands
     earlier = tracking.find_run(recipe.experiment, recipe.name)
     with tracking.open_run(
         recipe.experiment,
@@ -80,6 +87,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
         )
         run.set_tags({"champion": champion.llm, "champion.version": version})
         _log_overview(run, recipe, results)
+        storage.write_json(done, {"recipe_digest": recipe.digest(), "champion": champion.name, "version": version})
     return results
 
 
