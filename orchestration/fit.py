@@ -138,19 +138,19 @@ def run_phase(
         try:
             with _watched(folder, on_report):
                 _run_attempt(job, callback)
-        except ray.train.WorkerGroupError as error:
-            cause = find_cause(list(error.worker_failures.values()))
+        except ray.train.TrainingFailedError as error:
+            # A lost worker, or a controller that S3 kept waiting for too long: both mend by another attempt.
+            cause = find_cause([error, *getattr(error, "worker_failures", {}).values()])
             if cause is not None:
                 raise cause from error
             failures += 1
-            logger.warning("lost a worker (%d of %d allowed)", failures, job.recipe.workers.max_failures)
-            if failures > job.recipe.workers.max_failures:
+            allowed = job.recipe.workers.max_failures
+            logger.warning("attempt failed (%d of %d allowed): %s", failures, allowed, _first_line(error))
+            if failures > allowed:
                 raise TrainingError(
-                    f"workers were lost {failures} times ({_first_line(error)}); "
+                    f"training failed {failures} times, at last: {_first_line(error)}; "
                     "run the same command again to go on, or see the logs in the Ray dashboard"
                 ) from error
-        except ray.train.ControllerError as error:
-            raise find_cause([error]) or TrainingError(f"Ray Train cannot go on: {_first_line(error)}") from error
 
 
 def _run_attempt(job: TrainJob, callback: ReportCallback) -> None:
