@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
-from orchestration.search_space import SearchConfig
+from orchestration.search_space import SearchConfig, space_problems
 from orchestration.stream import DataConfig
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
@@ -42,7 +42,7 @@ class WorkersConfig(Section):
     num_workers: PositiveInt = 2
     """Ranks; each takes a GPU where the cluster has as many, else CPU threads."""
     cpus_per_worker: PositiveFloat = 0.5
-    """CPUs Ray sets aside for one rank; what is left reads the data."""
+    """CPUs Ray sets aside for one rank; reading asks for none."""
     max_failures: NonNegativeInt = 2
     """Times a run goes on from its last checkpoint after it lost a worker."""
 
@@ -124,6 +124,7 @@ class Recipe(Section):
                 f"data.validation_fold: {self.data.validation_fold} lies beyond the data at "
                 f"data.validation_fraction {self.data.validation_fraction}"
             )
+        found += space_problems(self.search.space)
         if self.train.refit and not self.data.validation_fraction:
             found.append("train.refit: needs data.validation_fraction above 0 to find the best epoch")
         return found
@@ -229,7 +230,7 @@ def _neighbours(loc: tuple[int | str, ...]) -> str:
     """The keys that the unknown key's section has."""
     model: Any = Recipe
     for part in loc[:-1]:
-        field = model.model_fields.get(part)
+        field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return ""
         model = field.annotation

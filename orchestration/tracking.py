@@ -67,7 +67,7 @@ class RunLogger:
     def log_curve(self, points: Points) -> None:
         """Log metrics of many steps, 1,000 figures a request. A step logged twice is shown twice, at one place."""
         now_ms = int(time.time() * 1000)
-        with _client("log metrics") as client:
+        with open_client("log metrics") as client:
             from mlflow.entities import Metric
 
             metrics = [Metric(key, float(value), now_ms, step) for step, row in points for key, value in row.items()]
@@ -106,7 +106,7 @@ class RunHandle:
             num_rows: that the run reads of it.
             context: what for: "train", "val" or "test".
         """
-        with _client(f"log the data set {name}") as client:
+        with open_client(f"log the data set {name}") as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             dataset = Dataset(
@@ -127,7 +127,7 @@ class RunHandle:
         """
         if not path.is_file():
             raise FileNotFoundError(path)
-        with _client(f"store {path.name}") as client:
+        with open_client(f"store {path.name}") as client:
             client.log_artifact(self.run_id, str(path), folder)
 
     def log_artifacts(self, folder: Path, artifact_path: str) -> None:
@@ -138,12 +138,12 @@ class RunHandle:
         """
         if not folder.is_dir():
             raise NotADirectoryError(folder)
-        with _client(f"store the folder {folder.name}") as client:
+        with open_client(f"store the folder {folder.name}") as client:
             client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set or replace tags."""
-        with _client("set tags") as client:
+        with open_client("set tags") as client:
             _log_texts(client, self.run_id, {}, tags)
 
 
@@ -181,12 +181,12 @@ def open_run(
     info = None
     with sigterm_interrupts():
         try:
-            with held_signals(), _client(f"open run {name}") as client:
+            with held_signals(), open_client(f"open run {name}") as client:
                 if resume_run_id is None:
                     info = _create(client, experiment, name, tags)
                 else:
                     info = _resume(client, resume_run_id, texts, tags)
-            with _client("log params") as client:
+            with open_client("log params") as client:
                 _log_texts(client, info.run_id, {key: texts[key] for key in texts.keys() - info.params.keys()}, {})
             yield RunHandle(info.run_id, info.url)
         except (KeyboardInterrupt, SystemExit, GeneratorExit) as error:
@@ -196,7 +196,7 @@ def open_run(
         except BaseException as error:
             _close_after(error, info, "FAILED")
             raise
-        with held_signals(), _client(f"close run {name}") as client:
+        with held_signals(), open_client(f"close run {name}") as client:
             client.set_terminated(info.run_id, "FINISHED")
 
 
@@ -213,7 +213,7 @@ def find_run(experiment: str, name: str, *, parent_run_id: str | None = None) ->
     condition = f"attributes.run_name = {quote}{name}{quote}"
     if parent_run_id is not None:
         condition += f" and tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    with _client(f"look for run {name}") as client:
+    with open_client(f"look for run {name}") as client:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             return None
@@ -244,7 +244,7 @@ def register_projector(
         AssetError: the run holds no such folder.
     """
     require_server()
-    with _client(f"register {name}") as client:
+    with open_client(f"register {name}") as client:
         if not client.list_artifacts(run_id, artifact_path):
             raise AssetError(f"run {run_id} holds no artifact {artifact_path!r} to register as {name}")
         with _tolerated("RESOURCE_ALREADY_EXISTS"):
@@ -274,7 +274,7 @@ def download_artifacts(uri: str, folder: Path | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="tinyemo-artifacts-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        with _client("download"):
+        with open_client("download"):
             from mlflow.artifacts import download_artifacts as download
 
             path = Path(download(artifact_uri=uri, dst_path=str(folder), tracking_uri=server, registry_uri=server))
@@ -298,7 +298,7 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def _client(action: str) -> Iterator[Any]:
+def open_client(action: str) -> Iterator[Any]:
     """MLflow's client for a block; what MLflow and the network raise in it becomes a PlatformError of one line."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
@@ -369,7 +369,7 @@ def _close_after(error: BaseException, run: RunInfo | None, status: str) -> None
         return
     with held_signals():
         try:
-            with _client("close the run") as client:
+            with open_client("close the run") as client:
                 client.set_terminated(run.run_id, status)
                 client.set_tag(run.run_id, "error", f"{type(error).__name__}: {one_line(error)}")
         except TinyEmoError as failure:

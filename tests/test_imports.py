@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OWNERS = {
     "deepspeed": {"engine.py"},
-    "mlflow": {"tracking.py", "tracking_server.py"},
+    "mlflow": {"tracking.py", "tracking_server.py", "search_tracking.py"},
     "boto3": {"storage.py"},
     "botocore": {"storage.py"},
 }

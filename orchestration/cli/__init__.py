@@ -11,6 +11,7 @@ from orchestration.cli.assets import assets_app
 from orchestration.cli.ingest import ingest_app
 from orchestration.cli.platform import platform_app
 from orchestration.cli.train import family, train
+from orchestration.cli.tune import tune
 from orchestration.cli.use import evaluate, predict
 from tinyemo.errors import TinyEmoError
 
@@ -25,6 +26,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(ingest_app, name="ingest")
 app.command()(train)
 app.command()(family)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(predict)
 
