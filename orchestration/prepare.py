@@ -44,6 +44,7 @@ class Preparation:
             splits=splits,
             world_size=recipe.workers.num_workers,
             steps_per_window=recipe.data.steps_per_window,
+            num_readers=recipe.data.num_readers,
             is_tested=is_refit or not recipe.train.refit,
         )
 

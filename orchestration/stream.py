@@ -48,6 +48,8 @@ class DataConfig(Section):
     """Rows shuffled together; a split with fewer rows is permuted as a whole."""
     steps_per_window: PositiveInt = 50
     """Optimizer steps that one Ray Data task reads."""
+    num_readers: PositiveInt = 2
+    """Ray Data tasks that read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class StreamPlan:
     splits: dict[Split, SplitRows]
     world_size: int
     steps_per_window: int
+    num_readers: int = 2
     is_tested: bool = True
     """Whether the test rows are handed out at the end."""
 
@@ -192,7 +195,9 @@ def build_dataset(plan: StreamPlan, start_step: int) -> ray.data.Dataset:
                 yield {name: [value] for name, value in row.items()}
 
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(read, batch_size=1, num_cpus=0.5)
+    readers = ray.data.TaskPoolStrategy(size=plan.num_readers)
+    # Reading asks for no CPU of Ray's: two jobs whose workers hold them all would wait for their data for ever.
+    return dataset.map_batches(read, batch_size=1, num_cpus=0, compute=readers)
 
 
 def configure_ray_data() -> Any:
