@@ -20,6 +20,7 @@ from torch import Tensor
 
 from orchestration.engine import build_optimizer, build_schedule
 from orchestration.loop import build_projector, objective_of
+from orchestration.manifest import Manifest
 from orchestration.prepare import Preparation
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.sampling import SampleOrder, TrainPlan
@@ -86,20 +87,21 @@ class SearchData:
         return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
 
 
+def shared_rows(manifest: Manifest, rows: SplitRows) -> SharedRows:
+    """Read rows from S3."""
+    return SharedRows(features_array(read_rows(manifest, rows)), rows.label, rows.id_hash)
+
+
 def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) -> SearchData:
     """Read the train rows from S3, once for the whole search."""
-
-    def shared(rows: SplitRows) -> SharedRows:
-        return SharedRows(features_array(read_rows(preparation.manifest, rows)), rows.label, rows.id_hash)
-
     first = labels[0]
     names = {name: getattr(first, name) for name in ("words", "llm", "llm_revision", "llm_weights")}
     left_out = preparation.left_out
     return SearchData(
         words=preparation.words,
-        train=shared(preparation.splits["train"]),
+        train=shared_rows(preparation.manifest, preparation.splits["train"]),
         left_out_words=preparation.left_out_words,
-        left_out=None if left_out is None else shared(left_out),
+        left_out=None if left_out is None else shared_rows(preparation.manifest, left_out),
         label_vectors={item.template: item.vectors.numpy() for item in labels},
         label_names=names,
     )
@@ -180,9 +182,12 @@ class FoldTraining:
             }
         left_out = self.data.left_out
         if left_out is not None and len(self.data.left_out_words) > 1:
-            scores = self._scores(left_out.features, self.data.left_out_words)
-            metrics[ZERO_SHOT] = _accuracy(scores, torch.from_numpy(np.array(left_out.labels)))
+            metrics[ZERO_SHOT] = self.accuracy(left_out, self.data.left_out_words)
         return metrics
+
+    def accuracy(self, rows: SharedRows, words: tuple[str, ...]) -> float:
+        """Share of the rows whose nearest word is their own."""
+        return _accuracy(self._scores(rows.features, words), torch.tensor(rows.labels))
 
     @torch.no_grad()
     def _scores(self, features: NDArray[Any], words: tuple[str, ...]) -> Tensor:

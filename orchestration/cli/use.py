@@ -20,6 +20,7 @@ from tinyemo.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tinyemo.classification import ZeroShotScores
     from tinyemo.label_embeddings import LabelEmbeddings
     from tinyemo.metrics import Scores
     from tinyemo.projector import MetricProjector
@@ -38,6 +39,10 @@ TaxonomyOption = Annotated[
     str | None, typer.Option(help="ekman, mikels or parrott; default: the one it was trained on.")
 ]
 WordsOption = Annotated[str | None, typer.Option(help="Any words instead, separated by commas: joy,awe,boredom.")]
+LeaveOutOption = Annotated[
+    str | None,
+    typer.Option(help="Labels left out of training, by commas, or `card`: report zero-shot accuracy on them."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,23 +51,66 @@ def evaluate(
     features: FeaturesOption,
     taxonomy: TaxonomyOption = None,
     words: WordsOption = None,
+    leave_out: LeaveOutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print accuracy, recalls and confusion of a projector on labelled features.
 
     Example: tinyemo evaluate --projector ./projector --features test.parquet --json
     """
-    from tinyemo.classification import evaluate_projector
+    from tinyemo.classification import evaluate_left_out, evaluate_projector
     from tinyemo.features import read_features
 
     with _open_projector(projector) as model:
         chosen = _choose_words(model, taxonomy, words)
-        scores = evaluate_projector(model, read_features(features), chosen)
+        table = read_features(features)
+        if leave_out is not None:
+            left_out = _left_out_words(model, leave_out)
+            zero_shot = evaluate_left_out(model, table, chosen, left_out)
+            _show_left_out(
+                zero_shot, {"projector": projector, "features": str(features), **_provenance(model)}, as_json
+            )
+            return
+        scores = evaluate_projector(model, table, chosen)
     document = {**asdict(scores), "words": list(scores.per_class_recall), **_provenance(model)}
     if as_json:
         typer.echo(json.dumps({"projector": projector, "features": str(features), **document}))
         return
     _show([_recall_table(scores)], _cautions(document))
+
+
+def _left_out_words(model: MetricProjector, leave_out: str) -> list[str]:
+    """The labels of `--leave-out`; a caution where the projector was trained on one of them.
+
+    Raises:
+        ConfigError: it says `card` and the card names none.
+    """
+    trained_without = [word for word in str(model.card.get("leave_out", "")).split(",") if word]
+    if leave_out != "card":
+        named = [word.strip() for word in leave_out.split(",") if word.strip()]
+        if not set(named) <= set(trained_without):
+            typer.echo("CAUTION: the card does not say that these labels were left out of training.", err=True)
+        return named
+    if not trained_without:
+        raise ConfigError("the projector's card names no labels left out of training: give them to --leave-out")
+    return trained_without
+
+
+def _show_left_out(scores: ZeroShotScores, document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(document | asdict(scores)))
+        return
+    found = scores.zero_shot
+    lines = [
+        f"zero-shot top-1 {100 * found.top1_accuracy:.2f} % of {found.num_samples} samples of "
+        f"{', '.join(found.per_class_recall)}, told apart among these; chance is {100 * scores.chance:.2f} %",
+        f"the same samples among all words: {100 * scores.among_all:.2f} %",
+    ]
+    if scores.seen is not None:
+        lines.append(f"seen labels: {100 * scores.seen.top1_accuracy:.2f} % of {scores.seen.num_samples} samples")
+    _show([_recall_table(found)], _cautions(document))
+    for line in lines:
+        typer.echo(line)
 
 
 def predict(

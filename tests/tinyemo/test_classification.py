@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyemo.classification import ROWS_PER_FORWARD, evaluate_projector, predict_labels
+from tinyemo.classification import ROWS_PER_FORWARD, evaluate_left_out, evaluate_projector, predict_labels
 from tinyemo.errors import DataError
 from tinyemo.features import FeatureTable
 from tinyemo.label_embeddings import LabelEmbeddings
@@ -74,3 +74,22 @@ def test_what_cannot_be_evaluated_says_why():
     wide = FeatureTable(["a"], ["joy"], torch.zeros(1, 768))
     with pytest.raises(DataError, match="features are 768 wide and the projector takes 512"):
         evaluate_projector(model, wide, WORDS)
+
+
+def test_left_out_labels_are_told_apart_among_themselves_beside_the_seen_ones():
+    rows = table([0, 1, 2, 0, 2], ["anger", "joy", "cheerfulness", "joy", "joy"])
+    scores = evaluate_left_out(axis_projector(), rows, WORDS, ["joy", "cheerfullness"])
+    assert scores.seen is not None
+    assert (scores.seen.top1_accuracy, scores.seen.num_samples) == (1.0, 1)
+    assert scores.zero_shot.num_samples == 4
+    assert scores.among_all == pytest.approx(2 / 4)
+    assert scores.chance == 0.5
+    # Image 3 lies on anger: equally far from both, the first of the two wins.
+    assert scores.zero_shot.confusion == [[2, 1], [0, 1]]
+
+
+def test_one_label_left_out_is_no_choice():
+    with pytest.raises(DataError, match="at least 2"):
+        evaluate_left_out(axis_projector(), table([0], ["anger"]), WORDS, ["joy"])
+    with pytest.raises(DataError, match="no row has"):
+        evaluate_left_out(axis_projector(), table([0], ["anger"]), WORDS, ["joy", "cheerfulness"])
