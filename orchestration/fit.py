@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoErro
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 def connect() -> None:
@@ -45,10 +48,27 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise ConfigError("RAY_ADDRESS is not set: start a cluster with `tinyemo platform up`, or name yours")
+    _require_open_port(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PlatformError(f"the Ray cluster at {address} does not answer ({_first_line(error)})") from error
+        raise PlatformError(
+            f"the Ray cluster at {address} does not answer or refuses the token of RAY_AUTH_TOKEN_PATH "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _require_open_port(address: str) -> None:
+    """PlatformError where nothing listens at host:port; Ray itself tries for ten minutes. Other addresses pass."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PlatformError(
+            f"no Ray cluster answers at {address} ({error}): start one with `tinyemo platform up` or set RAY_ADDRESS"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -177,7 +197,21 @@ def _run_attempt(job: TrainJob, callback: ReportCallback) -> None:
         datasets={"samples": build_dataset(job.plan, job.start_step)},
         dataset_config=data_config,
     )
-    trainer.fit()
+    with _interruptible():
+        trainer.fit()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C in the block is KeyboardInterrupt again, and after it Ray Train's handler for a dead trainer is gone."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:  # how Ray Train ends a run that it aborted, with exit code 0
+        raise KeyboardInterrupt("stopped by a signal") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
@@ -217,10 +251,11 @@ def find_cause(errors: list[BaseException]) -> TinyEmoError | None:
             continue
         seen.add(id(error))
         if isinstance(error, TinyEmoError):
-            # Ray's mixture of its own error and ours prints a remote traceback: say our line alone.
+            # Ray's mixture of its own error and ours prints a remote traceback, and Ray Data adds lines of its own to
+            # ours: say our line alone.
             kind = next(k for k in type(error).__mro__ if k.__module__ == TinyEmoError.__module__)
             inner = getattr(error, "cause", error)
-            found: TinyEmoError = kind(str(inner).strip().splitlines()[0] if inner is error else str(inner))
+            found: TinyEmoError = kind(str(inner).strip().splitlines()[0])
             return found
         wrapped = [error.__cause__, error.__context__, *(getattr(error, name, None) for name in _WRAPPERS)]
         errors += [inner for inner in wrapped if isinstance(inner, BaseException)]

@@ -165,7 +165,10 @@ def _tags(preparation: Preparation) -> dict[str, str]:
 def _log_inputs(run: tracking.RunHandle, preparation: Preparation) -> None:
     manifest = preparation.manifest
     for split in ("train", "test"):
-        run.log_dataset(manifest.name, manifest.digest, manifest.uri, len(preparation.splits[split]), split)
+        # A name a split: MLflow keeps one input for each name and digest.
+        run.log_dataset(
+            f"{manifest.name}-{split}", manifest.digest, manifest.uri, len(preparation.splits[split]), split
+        )
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "recipe.toml"
         path.write_text(to_toml(preparation.recipe))

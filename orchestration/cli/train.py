@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from cluster.environment import load_platform_environment
 
 if TYPE_CHECKING:
@@ -43,7 +47,8 @@ def train(
         return
     from orchestration import train as job
 
-    result = job.train(loaded, on_report=None if as_json else _show_report)
+    with _stoppable():
+        result = job.train(loaded, on_report=None if as_json else _show_report)
     _show_results([result], as_json)
 
 
@@ -66,8 +71,23 @@ def family(
         return
     from orchestration import family as job
 
-    results = job.train_family(loaded, on_report=None if as_json else _show_report)
+    with _stoppable():
+        results = job.train_family(loaded, on_report=None if as_json else _show_report)
     _show_results(results, as_json)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with a line that says how to go on, and exit code 130.
+
+    Nothing in the block reaches stdout, which is for results: Ray reports lost workers there.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt as error:
+        typer.echo("stopped: the same command goes on from its last checkpoint", err=True)
+        raise typer.Exit(130) from error
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:

@@ -12,11 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from feature_files import MIRROR
+from job_runner import Jobs, platform_environment
 
 from orchestration import storage
 from tinyemo.errors import StorageError
+
+if TYPE_CHECKING:
+    from tests.conftest import RunningPlatform
 
 START_TIMEOUT_S = 60.0
 
@@ -109,3 +115,15 @@ def s3_root(s3_environment: dict[str, str]) -> str:
     """An empty folder in S3. One bucket for all tests: the first write to a new one takes a second."""
     storage.ensure_bucket("tests")
     return f"s3://tests/{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def jobs(platform: RunningPlatform, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The command line on the session's platform, with Emotion6 in its S3; generated features without a mirror."""
+    folder = tmp_path_factory.mktemp("jobs")
+    made = Jobs(folder, platform_environment(platform.environment, folder), platform.folder)
+    source = MIRROR / "emotion6"
+    arguments = [source] if source.is_dir() else ["--generated"]
+    outcome = made.run("ingest", "features", *arguments, "--name", "emotion6", "--json")
+    assert outcome.code == 0, outcome.stderr
+    return made
