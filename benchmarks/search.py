@@ -32,7 +32,7 @@ PUBLISHED = ("cosine", "nt_xent", "info_nce")
 SEEDS = range(5)
 NUM_JOBS = 3
 SAMPLE_S = 0.5
-SEARCH_PROCESSES = ("ray::TrialActor", "ray::IDLE", "ray::final_accuracy")
+SEARCH_PROCESSES = ("ray::ResourceTrainable", "ray::IDLE", "ray::final_accuracy")
 
 
 class Watch:

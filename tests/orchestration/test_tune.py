@@ -267,6 +267,7 @@ def test_ctrl_c_leaves_nothing_running(jobs: Jobs) -> None:
     path = jobs.recipe("interrupted-search", SEARCH.replace("num_trials = 12", "num_trials = 400"))
     command = jobs.start("tune", path)
     wait_for_records(jobs, "interrupted-search", 2, command)
+    assert any("Trainable" in title for title in ray_titles(jobs))
     command.process.send_signal(signal.SIGINT)
     outcome = command.wait()
     assert outcome.code == 130, outcome.stderr
@@ -277,7 +278,7 @@ def test_ctrl_c_leaves_nothing_running(jobs: Jobs) -> None:
         assert len(children) == len(read_records(f"{RUNS}/interrupted-search"))
     assert {run.info.status for run in children} <= {"FINISHED", "FAILED"}
     deadline = time.monotonic() + 30
-    while any("TrialActor" in title for title in ray_titles(jobs)):
+    while any("Trainable" in title for title in ray_titles(jobs)):
         assert time.monotonic() < deadline, "an actor of the search lives on"
         time.sleep(0.5)
 
