@@ -198,6 +198,16 @@ def test_a_search_that_goes_on_knows_its_records() -> None:
     assert scheduler.on_trial_result(None, trial, {"training_iteration": 1, SEEN: 0.9}) == "CONTINUE"
 
 
+def test_two_objectives_reach_the_sampler_and_their_records_too() -> None:
+    space = {"projector": {"dropout": {"low": 0.0, "high": 0.5}}}
+    chosen = recipe(search={"objective": "seen_and_zero_shot", "space": space})
+    searcher = _searcher(chosen.search, [record(0, 0.7, zero_shot=0.4)], None)
+    assert searcher.suggest("new")
+    searcher.on_trial_result("new", {SEEN: 0.5, ZERO_SHOT: 0.6, "training_iteration": 1})
+    searcher.on_trial_complete("new", {SEEN: 0.5, ZERO_SHOT: 0.6, "training_iteration": 1})
+    assert [trial.values for trial in searcher._ot_study.trials] == [[0.7, 0.4], [0.5, 0.6]]
+
+
 SEARCH = """
 [data]
 validation_fraction = 0.2
