@@ -21,7 +21,7 @@ from orchestration import storage
 from orchestration.fit import Curve, PhaseState, read_curve, read_state
 from orchestration.manifest import Manifest, load_manifest
 
-DEADLINE_S = 180.0
+DEADLINE_S = 400.0
 POLL_S = 0.05
 RUNS = "s3://tinyemo/runs"
 

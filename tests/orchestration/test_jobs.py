@@ -20,7 +20,7 @@ from orchestration.recipe import load_recipe
 from tinyemo.projector import MetricProjector
 from tinyemo.taxonomies import TAXONOMIES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Dropout on, so that equal losses show that the random state came back too; every part of the engine is sharded.
 EXACT = """
@@ -184,7 +184,7 @@ def test_evaluate_finds_the_accuracy_of_the_run(jobs: Jobs, undisturbed: Finishe
 def test_the_same_command_again_returns_the_result_at_once(jobs: Jobs, undisturbed: FinishedRun) -> None:
     again = jobs.run("train", undisturbed.recipe, "--set", "train.refit=true", "--json")
     assert again.document == [undisturbed.result]
-    assert again.duration_s < 20
+    assert again.duration_s < 60
     assert len(jobs.mlflow_runs("undisturbed")) == 1
 
 

@@ -10,7 +10,7 @@ from job_runner import Jobs
 
 from orchestration import storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ALONE = ("--set", "workers.num_workers=1")
 """One rank is up sooner than two, where their number makes no difference."""
@@ -59,7 +59,7 @@ def test_what_is_out_of_reach_is_one_line(
     outcome = jobs.run("train", recipe, *(f"--set={text}" for text in arguments), **environment)
     assert expected in outcome.error
     assert "\n" not in outcome.error
-    assert outcome.duration_s < 40
+    assert outcome.duration_s < 90
     assert jobs.mlflow_runs("unreachable") == []
 
 
