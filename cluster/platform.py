@@ -210,8 +210,10 @@ def _stop_services(folder: Path, state: PlatformState, names: Collection[str]) -
     stopped = []
     for stage in (["ray"], ["mlflow", "s3"]):
         present = [name for name in stage if name in names and name in state.processes]
-        stopped += stop({name: (state.processes[name], services[name].stop_grace_s) for name in present})
-        for name in present:
+        ended = stop({name: (state.processes[name], services[name].stop_grace_s) for name in present})
+        stopped += ended
+        # Only what we have ended leaves anything of ours: the sockets are named by port, which may be another's now.
+        for name in ended:
             for leftover in services[name].leftovers:
                 leftover.unlink(missing_ok=True)
     remaining = {name: process for name, process in state.processes.items() if name not in names}

@@ -265,15 +265,23 @@ def test_a_server_that_ends_at_once_shows_its_last_words(tmp_path: Path):
 def test_down_spares_a_process_that_got_a_recorded_pid(tmp_path: Path):
     """After a reboot the recorded pids belong to others."""
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    sockets: tuple[Path, ...] = ()
     try:
-        plan = make_plan(tmp_path, {}, num_cpus=1, object_store_gb=0.1)
+        plan = make_plan(tmp_path, choose_platform_ports(), num_cpus=1, object_store_gb=0.1)
+        sockets = build_services(tmp_path, plan)["s3"].leftovers
+        for socket_ in sockets:
+            socket_.touch()
         record = ProcessRecord(pid=bystander.pid, started="another boot:1", marker=f"{plan.platform_id}:ray")
         processes = {"s3": record, "mlflow": record, "ray": record}
         save_state(tmp_path, plan.model_copy(update={"processes": processes}))
         assert local_platform.down(tmp_path) == []
         assert bystander.poll() is None
         assert load_state(tmp_path) is None
+        assert sockets
+        assert all(socket_.exists() for socket_ in sockets), "another server may listen there by now"
     finally:
+        for socket_ in sockets:
+            socket_.unlink(missing_ok=True)
         bystander.kill()
         bystander.wait()
 
