@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import psutil
@@ -177,10 +177,12 @@ def main() -> None:
     load_platform_environment()
     overrides = [text for text in sys.argv[1:] if text != "--set"]
     recipe, result, figures = run_search(overrides)
+    figures["load_average_after_search"] = os.getloadavg()[2]
     figures |= time_jobs(recipe)
+    figures["load_average_after_jobs"] = os.getloadavg()[2]
     per_trial_s = figures["search_seconds"] / figures["num_trials"]
     figures |= {
-        "packed_vs_job_ratio": round(fmean(figures["job_seconds"]) / per_trial_s, 1),
+        "packed_vs_job_ratio": round(median(figures["job_seconds"]) / per_trial_s, 1),
         "winner_params": result.params,
         "winner_val_top1": result.val_top1_accuracy,
         "winner_test_top1_mean": result.test_top1_mean,
