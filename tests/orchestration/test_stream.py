@@ -38,10 +38,10 @@ def write_split(path: Path, num_rows: int, seed: int) -> None:
 
 
 @pytest.fixture
-def dataset(bucket: str, tmp_path: Path) -> str:
+def dataset(s3_root: str, tmp_path: Path) -> str:
     write_split(tmp_path / "train.parquet", 230, seed=1)
     write_split(tmp_path / "test.parquet", 31, seed=2)
-    root = f"s3://{bucket}/datasets"
+    root = s3_root
     ingest_features(tmp_path, name="small", root=root, rows_per_shard=50)
     return f"{root}/small"
 
