@@ -331,7 +331,14 @@ def test_a_crash_is_mended_and_down_leaves_nothing_but_data(tmp_path: Path):
     kept: list[bytes] = []
 
     def look(bucket: str) -> None:
-        kept.append(storage.read_bytes(uri))
+        # SeaweedFS answers InternalError until its volumes have reported to the master.
+        deadline = time.monotonic() + 120
+        while not kept:
+            try:
+                kept.append(storage.read_bytes(uri))
+            except StorageError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
         raise StorageError("seen enough")
 
     with pytest.raises(StorageError, match="seen enough"):

@@ -162,7 +162,6 @@ def start_driver(name: str) -> tuple[subprocess.Popen[str], list[str]]:
 def test_sigterm_ends_parent_and_child_killed_and_runs_finally_blocks(server):
     driver, run_ids = start_driver("stopped")
     driver.send_signal(signal.SIGTERM)
-    driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=60)
     assert output == "cleaned up\n"
     assert driver.returncode != 0
