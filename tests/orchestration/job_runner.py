@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,8 @@ class Jobs:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "tinyemo"), *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment | environment,
+            # A suite in the background of a script ignores Ctrl-C, and children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # one call, no lock
         )  # fmt: skip
         return RunningCommand(process, time.monotonic())
 
