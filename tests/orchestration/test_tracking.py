@@ -144,8 +144,8 @@ import sys, time
 from orchestration.tracking import open_run
 with open_run("{experiment}", "parent of stopped", params={{}}, tags={{}}) as parent:
     with open_run("{experiment}", sys.argv[1], params={{}}, tags={{}}, parent_run_id=parent.run_id) as run:
-        print(parent.run_id, run.run_id, flush=True)
         try:
+            print(parent.run_id, run.run_id, flush=True)
             time.sleep(120)
         finally:
             print("cleaned up", flush=True)
@@ -161,6 +161,7 @@ def start_driver(name: str) -> tuple[subprocess.Popen[str], list[str]]:
 
 def test_sigterm_ends_parent_and_child_killed_and_runs_finally_blocks(server):
     driver, run_ids = start_driver("stopped")
+    driver.send_signal(signal.SIGTERM)
     driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=60)
     assert output == "cleaned up\n"
