@@ -122,7 +122,7 @@ def read_status(folder: Path) -> list[ServiceStatus]:
             address=service.address,
             pid=state.processes[name].pid if name in running else None,
             is_running=name in running,
-            is_healthy=name in running and is_healthy(service.health),
+            is_healthy=name in running and is_healthy(service),
             log=str(service.log),
         )
         for name, service in build_services(folder, state).items()
@@ -186,7 +186,7 @@ def _wait_until_healthy(services: Sequence[Service], state: PlatformState) -> No
             waited_s = time.monotonic() - start
             if not is_alive(state.processes[service.name]):
                 raise PlatformError(f"{service.title} ended while starting{_read_tail(service.log)}")
-            if is_healthy(service.health):
+            if is_healthy(service):
                 logger.info("%s answers at %s", service.title, service.address)
                 waiting.remove(service)
             elif waited_s > service.start_timeout_s:

@@ -57,7 +57,8 @@ class Service:
     """Working folder of the process."""
     log: Path
     ports: tuple[Port, ...]
-    health: HealthCheck
+    health: tuple[HealthCheck, ...]
+    """All must pass."""
     start_timeout_s: float
     stop_grace_s: float
     """From SIGTERM to SIGKILL."""
@@ -103,7 +104,11 @@ def build_s3(folder: Path, state: PlatformState) -> Service:
         folder=folder,
         log=folder / "logs" / "s3.log",
         ports=tuple(ports),
-        health=HealthCheck(port=state.ports.s3, path="/healthz"),
+        # The gateway answers before the master knows the volumes, and then fails reads and writes.
+        health=(
+            HealthCheck(port=state.ports.s3, path="/healthz"),
+            HealthCheck(port=numbers["master"], path="/dir/status", expects=f'"Url":"{HOST}:{numbers["volume"]}"'),
+        ),
         start_timeout_s=60,
         # After a second it only waits, 15 s long, for a gRPC stream between its own parts; what it took is on disk.
         stop_grace_s=2,
@@ -137,7 +142,7 @@ def build_mlflow(folder: Path, state: PlatformState) -> Service:
         folder=folder,
         log=folder / "logs" / "mlflow.log",
         ports=(Port(port, "MLflow", "--mlflow-port"),),
-        health=HealthCheck(port=port, path="/health"),
+        health=(HealthCheck(port=port, path="/health"),),
         start_timeout_s=180,
         stop_grace_s=8,
     )
@@ -175,11 +180,13 @@ def build_ray(folder: Path, state: PlatformState) -> Service:
             Port(state.ports.dashboard, "Ray dashboard", "--dashboard-port"),
         ),
         # The dashboard answers before the node is there; a job needs the node.
-        health=HealthCheck(
-            port=state.ports.dashboard,
-            path="/nodes?view=summary",
-            expects='"state": "ALIVE"',
-            token_file=folder / "credentials" / "ray_token",
+        health=(
+            HealthCheck(
+                port=state.ports.dashboard,
+                path="/nodes?view=summary",
+                expects='"state": "ALIVE"',
+                token_file=folder / "credentials" / "ray_token",
+            ),
         ),
         start_timeout_s=180,
         stop_grace_s=15,
@@ -210,8 +217,12 @@ def base_environment() -> dict[str, str]:
     return environment
 
 
-def is_healthy(check: HealthCheck) -> bool:
-    """Whether the service answers its health check now."""
+def is_healthy(service: Service) -> bool:
+    """Whether the service answers all its health checks now."""
+    return all(map(_answers, service.health))
+
+
+def _answers(check: HealthCheck) -> bool:
     headers = {}
     if check.token_file is not None:
         headers["Authorization"] = f"Bearer {check.token_file.read_text()}"

@@ -25,9 +25,10 @@ import pyarrow.compute as pc
 
 from orchestration import storage
 from orchestration.inputs import Input, generated_input, open_parquet_input
-from orchestration.manifest import VERSION_LENGTH, Manifest, id_hash, missing_files, parse_manifest
-from orchestration.shards import Advance, Plan, Version, store_version
+from orchestration.manifest import VERSION_LENGTH, FeatureManifest, id_hash
+from orchestration.shards import Plan, Version, store_version
 from orchestration.validation import Kept, Rejection, RowValidator, held_out_rank
+from orchestration.versions import Advance, check_destination, existing_version, point_latest_at, publish
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.taxonomies import TAXONOMIES, taxonomy_labels
 
@@ -40,7 +41,7 @@ ROWS_PER_SHARD = 512
 class IngestReport:
     """What an ingest did."""
 
-    manifest: Manifest
+    manifest: FeatureManifest
     is_unchanged: bool
     """The same rows were there already: nothing was uploaded."""
     num_uploaded: int
@@ -89,15 +90,13 @@ def ingest_features(
         StorageError: where S3 fails; the former version stays the latest.
     """
     started = time.monotonic()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        raise ConfigError(f"name is {name!r}: use lower-case letters, digits, dots, dashes")
     if taxonomy not in TAXONOMIES:
         raise ConfigError(f"taxonomy is {taxonomy!r}: it must be one of {', '.join(TAXONOMIES)}")
     if rows_per_shard < 1:
         raise ConfigError(f"rows_per_shard is {rows_per_shard}: it must be at least 1")
     if is_generated == (source is not None):
         raise ConfigError("name either a source or --generated, not both")
-    _require_root(root)
+    check_destination(name, root)
     advance = advance or (lambda stage, done, total: None)
 
     if source is None:
@@ -107,23 +106,16 @@ def ingest_features(
     with tempfile.TemporaryFile(prefix="tinyemo-ingest-") as staged:
         plan = _plan_rows(rows, taxonomy, rows_per_shard, staged, advance)
         uri = f"{root.rstrip('/')}/{name}/{plan.digest[:VERSION_LENGTH]}"
-        existing = None if is_forced else _existing_version(uri, plan.digest)
+        existing = None if is_forced else existing_version(uri, plan.digest, FeatureManifest)
         if existing is not None:
-            _point_latest_at(existing)
+            point_latest_at(existing)
             return IngestReport(existing, True, 0, 0, time.monotonic() - started)
         storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
         version = Version(uri=uri, name=name, taxonomy=taxonomy, rows_per_shard=rows_per_shard)
         manifest = store_version(version, rows, plan, staged, advance)
-    storage.write_json(f"{uri}/manifest.json", manifest.model_dump(mode="json"))
-    _point_latest_at(manifest)
+    publish(manifest)
     files = list(manifest.files())
     return IngestReport(manifest, False, len(files), sum(f.num_bytes for f in files), time.monotonic() - started)
-
-
-def _require_root(root: str) -> None:
-    """Fail before the long part where the bucket or the credentials are wrong."""
-    bucket, _ = storage.parse_s3_uri(root)
-    storage.exists(f"s3://{bucket}/.tinyemo-probe")
 
 
 def _open_source(source: str, *, split: str | None, feature_width: int | None) -> Input:
@@ -197,27 +189,3 @@ def _digest(rows: Input, taxonomy: str, rows_per_shard: int, table: pa.Table, re
         line = [rejection.split, rejection.id, rejection.label, str(rejection.reason)]
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()
-
-
-def _existing_version(uri: str, digest: str) -> Manifest | None:
-    """The version's manifest where it is there with all its files; None where it has to be (re)built."""
-    try:
-        manifest = parse_manifest(storage.read_json(f"{uri}/manifest.json"), uri)
-    except storage.MissingObjectError:
-        return None
-    missing = missing_files(manifest)
-    if manifest.digest != digest or missing:
-        logger.warning("%s lacks %s: storing it again", uri, ", ".join(missing) or "its digest")
-        return None
-    return manifest
-
-
-def _point_latest_at(manifest: Manifest) -> None:
-    uri = f"{manifest.uri.rsplit('/', 1)[0]}/latest.json"
-    pointer = {"version": manifest.version, "digest": manifest.digest}
-    try:
-        if storage.read_json(uri) == pointer:
-            return
-    except storage.MissingObjectError:
-        logger.debug("%s is new", uri)
-    storage.write_json(uri, pointer)

@@ -3,8 +3,9 @@
 <root>/<name>/latest.json                      {"version": ..., "digest": ...}, written last
 <root>/<name>/<version>/manifest.json          written after everything that it names
 <root>/<name>/<version>/index.parquet          one line per row: split, label_id, id_hash, shard, row
-<root>/<name>/<version>/rejected.parquet       split, id, label, row, reason, detail
-<root>/<name>/<version>/<split>-00000.parquet  id, label, label_id, features; sorted by id hash
+<root>/<name>/<version>/rejected.parquet       every row that was not kept, with its reason
+<root>/<name>/<version>/<split>-00000.parquet  the rows: features (id, label, label_id, features; sorted by id hash) or
+                                               instruct records (RECORD_SCHEMA, in the order of the input)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import io
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +38,24 @@ INDEX_SCHEMA = pa.schema(
         ("row", pa.int32()),
     ]
 )
+
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.binary()),  # the encoded file, as it came
+        ("image_sha256", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("task", pa.string()),
+        ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),  # human, gpt, human, gpt ...
+        ("labels_offered", pa.list_(pa.string())),
+        ("label_stated", pa.string()),
+        ("label", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+"""Of an instruct record; `label_stated`, `label` may be null, `labels_offered` empty."""
 
 
 class _Part(BaseModel):
@@ -79,6 +98,7 @@ class Manifest(_Part):
     """One version of a data set; everything that it names is in S3 before it is."""
 
     format: Literal[1] = 1
+    kind: str
     name: str
     version: str
     """The first VERSION_LENGTH digits of `digest`."""
@@ -89,10 +109,7 @@ class Manifest(_Part):
     data: Literal["real", "generated"]
     source: dict[str, Any]
     """Where the rows came from: kind, name, files with sha256, and for an asset which source answered."""
-    feature_width: PositiveInt
-    feature_dtype: Literal["float16", "float32"]
     taxonomy: str
-    rows_per_shard: PositiveInt
     rows_in: NonNegativeInt
     """Rows read; equal to rows kept + rows rejected."""
     splits: dict[str, SplitCounts]
@@ -126,16 +143,63 @@ class Manifest(_Part):
         return [*self.shards, self.index, self.rejected]
 
 
+class EncoderInfo(_Part):
+    """Which network made features, and from which pixels."""
+
+    name: str
+    """For instance openai/clip-vit-large-patch14."""
+    revision: str
+    """Commit or sha256 of its weights."""
+    preprocessing: str
+    """sha256 over size, crop, interpolation, mean and standard deviation."""
+
+
+class FeatureManifest(Manifest):
+    """Pooled features of one encoder, a label each: what a projector trains on."""
+
+    kind: Literal["features"] = "features"
+    feature_width: PositiveInt
+    feature_dtype: Literal["float16", "float32"]
+    rows_per_shard: PositiveInt
+    encoder: EncoderInfo | None = None
+    """None where the rows came without that knowledge."""
+
+
+class InstructManifest(Manifest):
+    """Images with conversations about them: what a multimodal LLM trains on."""
+
+    kind: Literal["instruct"] = "instruct"
+    rows_per_group: PositiveInt
+    """Rows of a Parquet row group, the unit of reading; the last one of a shard may be shorter."""
+    tasks: dict[str, dict[str, int]]
+    """Split -> task (caption, vqa, sqa, reasoning) -> records."""
+    rules: dict[str, Any]
+    """By which records were checked, and by which answers were made where a program wrote them."""
+    card: FileRef
+    """Markdown for people."""
+
+    def files(self) -> Iterable[FileRef]:
+        """Every file that the version needs besides the manifest itself."""
+        return [*super().files(), self.card]
+
+
+M = TypeVar("M", FeatureManifest, InstructManifest)
+_HOW_TO_MAKE = {
+    "features": "`tinyemo ingest features` or `tinyemo features`",
+    "instruct": "`tinyemo ingest instruct` or `tinyemo ingest oasis`",
+}
+
+
 def id_hash(sample_id: str) -> int:
     """The 64-bit number that orders and splits rows: blake2b of the id, 8 bytes, big endian."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big")
 
 
-def load_manifest(uri: str) -> Manifest:
+def load_manifest(uri: str, of: type[M]) -> M:
     """The manifest of a data set (`s3://bucket/datasets/emotion6`: the latest) or of one version (`.../<version>`).
 
     Raises:
-        DataError: where what is stored is no manifest of ours, or nothing was ingested there.
+        DataError: where what is stored is no manifest of this kind, or nothing was ingested there.
         StorageError: where S3 cannot be read.
     """
     root = uri.rstrip("/")
@@ -151,12 +215,12 @@ def load_manifest(uri: str) -> Manifest:
             document = storage.read_json(f"{root}/manifest.json")
     except storage.MissingObjectError as error:
         raise DataError(
-            f"no data set at {uri}: put one there with `tinyemo ingest features SOURCE --name NAME`"
+            f"no data set at {uri}: put one there with {_HOW_TO_MAKE[_kind(of)]}, or see `tinyemo ingest --help`"
         ) from error
-    return parse_manifest(document, root)
+    return parse_manifest(document, root, of)
 
 
-def parse_manifest(document: Any, uri: str) -> Manifest:
+def parse_manifest(document: Any, uri: str, of: type[M]) -> M:
     """The manifest in a JSON document that was read from the version's folder `uri`.
 
     Raises:
@@ -164,14 +228,21 @@ def parse_manifest(document: Any, uri: str) -> Manifest:
     """
     if not isinstance(document, dict):
         raise DataError(f"{uri}/manifest.json is not a manifest: ingest the data set again")
+    kind = document.setdefault("kind", "features")  # as they were written before there was a second kind
+    if kind != _kind(of):
+        raise DataError(f"{uri} holds {kind}; this needs {_kind(of)}, made with {_HOW_TO_MAKE[_kind(of)]}")
     try:
-        return Manifest.model_validate({**document, "uri": uri})
+        return of.model_validate({**document, "uri": uri})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise DataError(
             f"{uri}/manifest.json: field {field}: {first['msg']}; {error.error_count()} field(s) are wrong"
         ) from error
+
+
+def _kind(of: type[Manifest]) -> str:
+    return str(of.model_fields["kind"].default)
 
 
 def _check_bytes(reference: FileRef, uri: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orchestration.manifest import Manifest, load_manifest
+from orchestration.manifest import FeatureManifest, load_manifest
 from orchestration.recipe import Recipe
 from orchestration.sampling import SampleOrder, TrainPlan
 from orchestration.split import SplitRows, carve_validation, load_splits
@@ -20,7 +20,7 @@ class Preparation:
     """A recipe with what it will read: all that is known before a worker starts."""
 
     recipe: Recipe
-    manifest: Manifest
+    manifest: FeatureManifest
     words: tuple[str, ...]
     splits: dict[str, SplitRows]
     left_out_words: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ def prepare(recipe: Recipe) -> Preparation:
         ConfigError: all that does not fit together, one line a field.
         StorageError, DataError: the data set cannot be read.
     """
-    manifest = load_manifest(recipe.data.dataset)
+    manifest = load_manifest(recipe.data.dataset, FeatureManifest)
     taxonomy = taxonomy_labels(recipe.labels.taxonomy)
     left_out_words = tuple(dict.fromkeys(canonical_word(word) for word in recipe.data.leave_out))
     words = tuple(word for word in taxonomy if word not in left_out_words)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO
@@ -17,17 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestration import storage
 from orchestration.inputs import Input
-from orchestration.manifest import INDEX_SCHEMA, VERSION_LENGTH, FileRef, Manifest, Rejected, Shard, SplitCounts
+from orchestration.manifest import INDEX_SCHEMA, VERSION_LENGTH, FeatureManifest, Rejected, Shard, SplitCounts
 from orchestration.validation import Rejection
+from orchestration.versions import Advance, open_uploads
 from tinyemo.taxonomies import label_id
-
-MAX_WAITING_UPLOADS = 2 * storage.TRANSFER_THREADS
-"""Shards that may wait in memory for a free upload thread."""
-
-Advance = Callable[[str, int, int], None]
-"""Called with (stage, units done, units in all)."""
 
 
 @dataclass(frozen=True)
@@ -52,50 +42,13 @@ class Plan:
     digest: str
 
 
-class _Uploads:
-    """A bounded queue of uploads; the first failure comes out of `put` or at the end of `_open_uploads`."""
-
-    def __init__(self, uri: str, pool: ThreadPoolExecutor) -> None:
-        self._uri = uri
-        self._pool = pool
-        self._waiting: set[Future[None]] = set()
-
-    def put(self, path: str, data: bytes) -> FileRef:
-        """Queue one file; waits where MAX_WAITING_UPLOADS are queued already."""
-        while len(self._waiting) >= MAX_WAITING_UPLOADS:
-            self._collect()
-        self._waiting.add(self._pool.submit(storage.write_bytes, f"{self._uri}/{path}", data))
-        return FileRef(path=path, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    def _collect(self) -> None:
-        done, self._waiting = wait(self._waiting, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-
-    def finish(self) -> None:
-        """Wait for all; raises what an upload raised."""
-        while self._waiting:
-            self._collect()
-
-
-@contextmanager
-def _open_uploads(uri: str) -> Iterator[_Uploads]:
-    pool = ThreadPoolExecutor(storage.TRANSFER_THREADS, thread_name_prefix="upload")
-    try:
-        uploads = _Uploads(uri, pool)
-        yield uploads
-        uploads.finish()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> Manifest:
+def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> FeatureManifest:
     """Store shards, index and rejected rows; the manifest that may be written when this returns."""
     features = np.memmap(staged, dtype=rows.feature_dtype, mode="r").reshape(-1, rows.feature_width)
     reasons = Counter(str(rejection.reason) for rejection in plan.rejections)
     shards: list[Shard] = []
     num_shards = sum(-(-(end - first) // version.rows_per_shard) for first, end in plan.offsets.values())
-    with _open_uploads(version.uri) as uploads:
+    with open_uploads(version.uri) as uploads:
         for split, (first, end) in plan.offsets.items():
             for number, start in enumerate(range(first, end, version.rows_per_shard)):
                 part = plan.table.slice(start, min(version.rows_per_shard, end - start))
@@ -105,7 +58,7 @@ def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], 
         index = uploads.put("index.parquet", _parquet_bytes(_index_table(plan, version.rows_per_shard)))
         rejected = uploads.put("rejected.parquet", _parquet_bytes(_rejected_table(plan.rejections)))
     labels = plan.table["label"]
-    return Manifest(
+    return FeatureManifest(
         name=version.name,
         version=plan.digest[:VERSION_LENGTH],
         digest=plan.digest,

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from orchestration.manifest import Manifest, Shard, read_file
+from orchestration.manifest import FeatureManifest, Shard, read_file
 from orchestration.sampling import TrainPlan, rank_slice
 from orchestration.split import SplitRows
 from tinyemo.config import Section
@@ -65,7 +65,7 @@ class StreamItem:
 class StreamPlan:
     """Everything a task needs to read any item; travels to the tasks, so it holds indices and no features."""
 
-    manifest: Manifest
+    manifest: FeatureManifest
     train: TrainPlan
     splits: dict[Split, SplitRows]
     world_size: int
@@ -141,7 +141,7 @@ _shards: OrderedDict[tuple[str, str], pa.Table] = OrderedDict()
 _MAX_CACHED_BYTES = 256 * 2**20
 
 
-def _read_shard(manifest: Manifest, shard: Shard) -> pa.Table:
+def _read_shard(manifest: FeatureManifest, shard: Shard) -> pa.Table:
     """Columns id and features of one shard, checked against the manifest."""
     key = (manifest.file_uri(shard.path), shard.sha256)
     if key not in _shards:
@@ -157,7 +157,7 @@ def _read_shard(manifest: Manifest, shard: Shard) -> pa.Table:
     return _shards[key]
 
 
-def read_rows(manifest: Manifest, rows: SplitRows) -> pa.Table:
+def read_rows(manifest: FeatureManifest, rows: SplitRows) -> pa.Table:
     """Columns id and features of `rows`, in their order."""
     tables, places = [], []
     for shard in np.unique(rows.shard):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orchestration.engine import build_optimizer, build_schedule
 from orchestration.loop import build_projector, objective_of
-from orchestration.manifest import Manifest
+from orchestration.manifest import FeatureManifest
 from orchestration.prepare import Preparation
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.sampling import SampleOrder, TrainPlan
@@ -87,7 +87,7 @@ class SearchData:
         return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
 
 
-def shared_rows(manifest: Manifest, rows: SplitRows) -> SharedRows:
+def shared_rows(manifest: FeatureManifest, rows: SplitRows) -> SharedRows:
     """Read rows from S3."""
     return SharedRows(features_array(read_rows(manifest, rows)), rows.label, rows.id_hash)
 

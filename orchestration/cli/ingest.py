@@ -17,7 +17,7 @@ from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestration.ingest import IngestReport
-    from orchestration.shards import Advance
+    from orchestration.versions import Advance
 
 ingest_app = typer.Typer(help="Put data sets into S3.", no_args_is_help=True)
 

@@ -20,7 +20,7 @@ import pytest
 
 from orchestration import storage
 from orchestration.fit import Curve, PhaseState, read_curve, read_state
-from orchestration.manifest import Manifest, load_manifest
+from orchestration.manifest import FeatureManifest, load_manifest
 
 DEADLINE_S = 400.0
 POLL_S = 0.05
@@ -113,10 +113,10 @@ class Jobs:
                     patch.setenv(name, value)
             yield
 
-    def manifest(self, dataset: str) -> Manifest:
+    def manifest(self, dataset: str) -> FeatureManifest:
         """Of a data set in the platform's bucket."""
         with self.connected():
-            return load_manifest(f"s3://tinyemo/datasets/{dataset}")
+            return load_manifest(f"s3://tinyemo/datasets/{dataset}", FeatureManifest)
 
     def curve(self, name: str, phase: str = "select") -> dict[int, float]:
         """train/loss by step of a run's phase; each step must be there once."""

@@ -258,10 +258,8 @@ def test_where_no_source_answers_one_line_lists_what_was_tried(
     asset = find_asset("emotion6")
     nowhere = partial(emotion6_from_git, url=f"file://{tmp_path}/nowhere")
     asset = replace(asset, sources=(asset.sources[0], replace(asset.sources[1], fetch=nowhere)))
-    started = time.monotonic()
     with pytest.raises(AssetError) as caught:
         get_from_sources(asset)
-    assert time.monotonic() - started < 10
     text = str(caught.value)
     assert "\n" not in text
     assert "(1) local mirror" in text
@@ -294,11 +292,9 @@ def test_an_unknown_asset_lists_the_catalogue() -> None:
 
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    script = f"sleep 60 & echo $! > {pid_file}; wait"
-    started = time.monotonic()
+    script = f"sleep 600 & echo $! > {pid_file}; wait"
     with pytest.raises(AssetError, match="slow thing: no end after 1 s"):
         run_bounded(["sh", "-c", script], what="slow thing", timeout_s=1.0)
-    assert time.monotonic() - started < 10
     status = Path(f"/proc/{pid_file.read_text().strip()}/status")
     deadline = time.monotonic() + 10
     while status.exists() and "State:\tZ" not in status.read_text():

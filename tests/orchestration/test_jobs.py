@@ -15,7 +15,7 @@ import pytest
 from job_runner import RUNS, Jobs, Outcome
 
 from orchestration import storage, tracking
-from orchestration.manifest import Manifest, read_file
+from orchestration.manifest import FeatureManifest, read_file
 from orchestration.recipe import load_recipe
 from tinyemo.projector import MetricProjector
 from tinyemo.taxonomies import TAXONOMIES
@@ -63,12 +63,12 @@ def undisturbed(jobs: Jobs) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def manifest(jobs: Jobs) -> Manifest:
+def manifest(jobs: Jobs) -> FeatureManifest:
     return jobs.manifest("emotion6")
 
 
 @pytest.fixture(scope="module")
-def test_features(jobs: Jobs, manifest: Manifest) -> Path:
+def test_parquet(jobs: Jobs, manifest: FeatureManifest) -> Path:
     """The test split as a user's own Parquet file."""
     with jobs.connected():
         parts = [pq.read_table(pa.BufferReader(read_file(manifest, s))) for s in manifest.shards if s.split == "test"]
@@ -119,7 +119,7 @@ def disturbed(jobs: Jobs) -> DisturbedRun:
     return DisturbedRun(terminated, interrupted, finished, statuses, stopped_at, killed_at)
 
 
-def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: Manifest) -> None:
+def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: FeatureManifest) -> None:
     result = undisturbed.result
     assert result["data"] == manifest.data
     assert result["num_test"] == manifest.splits["test"].rows
@@ -134,7 +134,7 @@ def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: Mani
 
 
 def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(
-    jobs: Jobs, undisturbed: FinishedRun, manifest: Manifest
+    jobs: Jobs, undisturbed: FinishedRun, manifest: FeatureManifest
 ) -> None:
     result = undisturbed.result
     num_train = manifest.splits["train"].rows
@@ -150,7 +150,9 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(
     assert len(jobs.curve("undisturbed", "refit")) == num_train * result["best_epoch"] // 32
 
 
-def test_mlflow_shows_the_whole_run(jobs: Jobs, undisturbed: FinishedRun, manifest: Manifest, tmp_path: Path) -> None:
+def test_mlflow_shows_the_whole_run(
+    jobs: Jobs, undisturbed: FinishedRun, manifest: FeatureManifest, tmp_path: Path
+) -> None:
     (run,) = jobs.mlflow_runs("undisturbed")
     assert run.info.status == "FINISHED"
     assert run.info.run_id == undisturbed.result["run_id"]
@@ -174,9 +176,9 @@ def test_mlflow_shows_the_whole_run(jobs: Jobs, undisturbed: FinishedRun, manife
     assert model.card["llm_weights"] == "random"
 
 
-def test_evaluate_finds_the_accuracy_of_the_run(jobs: Jobs, undisturbed: FinishedRun, test_features: Path) -> None:
+def test_evaluate_finds_the_accuracy_of_the_run(jobs: Jobs, undisturbed: FinishedRun, test_parquet: Path) -> None:
     projector = f"runs:/{undisturbed.result['run_id']}/projector"
-    document = jobs.run("evaluate", "--projector", projector, "--features", test_features, "--json").document
+    document = jobs.run("evaluate", "--projector", projector, "--features", test_parquet, "--json").document
     assert document["confusion"] == undisturbed.result["test_confusion"]
     assert document["top1_accuracy"] == undisturbed.result["test_top1_accuracy"]
 
@@ -244,7 +246,7 @@ def test_losses_agree_at_world_sizes_one_and_two(jobs: Jobs, family: list[dict[s
 
 
 def test_a_family_has_a_parent_children_and_a_champion(
-    jobs: Jobs, family: list[dict[str, Any]], test_features: Path
+    jobs: Jobs, family: list[dict[str, Any]], test_parquet: Path
 ) -> None:
     (parent,) = jobs.mlflow_runs("pair")
     assert parent.info.status == "FINISHED"
@@ -257,7 +259,7 @@ def test_a_family_has_a_parent_children_and_a_champion(
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.tags["llm_weights"] == result["llm_weights"]
     champion = "models:/jobs-projector@champion"
-    document = jobs.run("evaluate", "--projector", champion, "--features", test_features, "--json").document
+    document = jobs.run("evaluate", "--projector", champion, "--features", test_parquet, "--json").document
     (chosen,) = [result for result in family if result["llm"] == parent.data.tags["champion"]]
     assert document["card"]["run"] == chosen["name"]
     assert document["confusion"] == chosen["test_confusion"]

@@ -57,7 +57,10 @@ def test_curves_of_any_length_are_drawn(tmp_path):
 
 def test_a_curve_that_is_not_finite_is_still_drawn(tmp_path):
     plot_curves({"train/loss": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]}, tmp_path / "nan.png", "diverged")
-    drawn(tmp_path / "nan.png")
+    plot_curves({"train/loss": [(1, 2.0), (4, 1.0)]}, tmp_path / "straight.png", "diverged")
+    # The points that are not finite break the line: less ink than with a line through them.
+    assert drawn(tmp_path / "nan.png") == drawn(tmp_path / "straight.png")
+    assert (imread(tmp_path / "nan.png") != imread(tmp_path / "straight.png")).any()
 
 
 def test_random_weights_look_different_from_real_ones(tmp_path):

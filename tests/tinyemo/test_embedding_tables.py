@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +85,11 @@ def test_the_revision_tells_tables_apart(tmp_path: Path):
     assert open_gguf_table(tmp_path / "F32.gguf", name="n", revision="r").revision == "r"
 
 
-def test_smollm2_is_read_in_seconds_and_equals_the_whole_table(smollm2: Path):
+def test_smollm2_equals_the_whole_table(smollm2: Path):
     """Rows against gguf's own reader; the model is never built."""
-    start = time.perf_counter()
     table = open_gguf_table(smollm2)
     ids = sorted({token for word in LABELS for token in table.tokenize(word)})
     rows = table.rows(ids)
-    assert time.perf_counter() - start < 30
     assert (table.width, rows.shape) == (576, (len(ids), 576))
     [tensor] = [tensor for tensor in GGUFReader(smollm2).tensors if tensor.name == "token_embd.weight"]
     whole = dequantize(tensor.data, tensor.tensor_type)
