@@ -60,11 +60,11 @@ def features_command(
     from orchestration.ingest import ingest_features
 
     load_platform_environment()
-    with _progress() as advance:
+    with progress() as advance:
         report = ingest_features(
             source,
             name=name,
-            root=root or _default_root(),
+            root=root or default_root(),
             taxonomy=taxonomy,
             split=split,
             is_generated=is_generated,
@@ -80,7 +80,8 @@ def features_command(
         _show(report)
 
 
-def _default_root() -> str:
+def default_root() -> str:
+    """Where data sets lie on the platform; ConfigError where no bucket is named."""
     bucket = os.environ.get("TINYEMO_BUCKET")
     if not bucket:
         raise ConfigError(
@@ -90,8 +91,8 @@ def _default_root() -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Advance]:
-    """A bar on a terminal, a line every few seconds and at the end of a stage elsewhere; both on stderr."""
+def progress() -> Iterator[Advance]:
+    """What draws a bar on a terminal, or prints a line every few seconds and at the end of a stage; on stderr."""
     if not sys.stderr.isatty():
         yield _line_printer()
         return
