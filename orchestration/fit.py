@@ -25,8 +25,9 @@ from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
-from orchestration.loop import TrainJob, train_loop_per_worker
-from orchestration.stream import build_dataset, configure_ray_data
+from orchestration.loop import TrainJob
+from orchestration.ordered_stream import configure_ray_data
+from orchestration.stream_loop import StreamJob
 from orchestration.tracking import RunLogger
 from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
 
@@ -138,10 +139,18 @@ class ReportCallback(UserCallback):
                 logger.warning("this part of the curve is not in MLflow: %s", error)
 
 
+Job = TrainJob | StreamJob
+Loop = Callable[[dict[str, Any]], None]
+
+
 def run_phase(
-    job: TrainJob, callback: ReportCallback, *, on_report: Callable[[PhaseState], None] | None = None
+    job: Job,
+    loop: Loop,
+    callback: ReportCallback,
+    *,
+    on_report: Callable[[PhaseState], None] | None = None,
 ) -> PhaseState:
-    """Train until the final report is in S3, from the newest checkpoint there if one exists.
+    """Run `loop` on every worker until the final report is in S3, from the newest checkpoint there if one exists.
 
     Raises:
         TrainingError: workers were lost more than workers.max_failures times, or the run cannot go on.
@@ -157,7 +166,7 @@ def run_phase(
             job = replace(job, resume_from=state.checkpoint, start_step=state.step)
         try:
             with _watched(folder, on_report):
-                _run_attempt(job, callback)
+                _run_attempt(job, loop, callback)
         except ray.train.TrainingFailedError as error:
             # A lost worker, or a controller that S3 kept waiting for too long: both mend by another attempt.
             cause = find_cause([error, *getattr(error, "worker_failures", {}).values()])
@@ -173,13 +182,13 @@ def run_phase(
                 ) from error
 
 
-def _run_attempt(job: TrainJob, callback: ReportCallback) -> None:
+def _run_attempt(job: Job, loop: Loop, callback: ReportCallback) -> None:
     recipe = job.recipe
     has_gpus = ray.cluster_resources().get("GPU", 0) >= recipe.workers.num_workers
     bucket, key = storage.parse_s3_uri(callback.folder)
     data_config = configure_ray_data()
     trainer = TorchTrainer(
-        train_loop_per_worker,
+        loop,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if has_gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -194,7 +203,7 @@ def _run_attempt(job: TrainJob, callback: ReportCallback) -> None:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
             callbacks=[callback],
         ),
-        datasets={"samples": build_dataset(job.plan, job.start_step)},
+        datasets={"samples": job.dataset()},
         dataset_config=data_config,
     )
     with _interruptible():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,15 @@ from torch import Tensor
 from orchestration import storage
 from orchestration.engine import Engine, build_engine, full_state_dict, load_engine, save_engine, train_step
 from orchestration.recipe import Recipe
-from orchestration.stream import Batch, StreamPlan, open_stream
+from orchestration.stream import Batch, StreamPlan, build_dataset, open_stream
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import confusion_matrix
 from tinyemo.objective import Objective, build_objective
 from tinyemo.projector import MetricProjector
+
+if TYPE_CHECKING:
+    import ray.data
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,10 @@ class TrainJob:
     words: tuple[str, ...]
     resume_from: str | None = None
     start_step: int = 0
+
+    def dataset(self) -> ray.data.Dataset:
+        """The samples from `start_step` on."""
+        return build_dataset(self.plan, self.start_step)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
+from orchestration.record_stream import RecordsConfig
 from orchestration.search_space import SearchConfig, space_problems
 from orchestration.stream import DataConfig
 from tinyemo.config import Section
@@ -77,6 +78,7 @@ class Recipe(Section):
     experiment: str = "tinyemo"
     """MLflow experiment."""
     data: DataConfig = DataConfig()
+    records: RecordsConfig = RecordsConfig()
     labels: LabelConfig = LabelConfig()
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()

@@ -13,6 +13,7 @@ permuted as a whole.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,13 +22,26 @@ from numpy.typing import NDArray
 CHUNK_ROWS = 1024
 
 
-def epoch_order(num_rows: int, *, seed: int, epoch: int, pool_rows: int) -> NDArray[np.int64]:
-    """Row positions of one epoch, (num_rows,) int64, a permutation of range(num_rows)."""
-    rng = np.random.default_rng([seed, epoch])
+def chunks_of(num_rows: int, chunk_rows: int) -> NDArray[np.int64]:
+    """Sizes of the chunks of `num_rows` rows: all of `chunk_rows` but the last, which may be shorter."""
+    edges = np.append(np.arange(0, num_rows, chunk_rows), num_rows)
+    return np.diff(edges).astype(np.int64)
+
+
+def epoch_order(chunk_sizes: NDArray[np.int64], *, entropy: Sequence[int], pool_rows: int) -> NDArray[np.int64]:
+    """Row positions of one epoch, (N,) int64, a permutation of range(N).
+
+    Args:
+        chunk_sizes: rows of each chunk of neighbouring rows, in storage order; they sum up to N.
+        entropy: what the order is a function of: the seed, the epoch, and whatever else must change it; >= 0.
+        pool_rows: rows that are shuffled together after the chunks were permuted.
+    """
+    rng = np.random.default_rng(list(entropy))
+    num_rows = int(chunk_sizes.sum())
     if num_rows <= pool_rows:
         return rng.permutation(num_rows).astype(np.int64)
-    num_chunks = -(-num_rows // CHUNK_ROWS)
-    chunks = [np.arange(c * CHUNK_ROWS, min((c + 1) * CHUNK_ROWS, num_rows)) for c in rng.permutation(num_chunks)]
+    ends = np.cumsum(chunk_sizes)
+    chunks = [np.arange(ends[c] - chunk_sizes[c], ends[c]) for c in rng.permutation(len(chunk_sizes))]
     order = np.concatenate(chunks).astype(np.int64)
     for start in range(0, num_rows, pool_rows):
         rng.shuffle(order[start : start + pool_rows])
@@ -58,7 +72,8 @@ class SampleOrder:
             # Two epochs are enough: a window of steps crosses one boundary at most, or is longer than an epoch.
             for old in [e for e in self._epochs if e < epoch - 1]:
                 del self._epochs[old]
-            self._epochs[epoch] = epoch_order(self.num_rows, seed=self.seed, epoch=epoch, pool_rows=self.pool_rows)
+            chunk_sizes = chunks_of(self.num_rows, CHUNK_ROWS)
+            self._epochs[epoch] = epoch_order(chunk_sizes, entropy=(self.seed, epoch), pool_rows=self.pool_rows)
         return self._epochs[epoch]
 
 

@@ -1,10 +1,7 @@
 """Ray Data streams the rows of a run from S3 to its workers, each in the order of the plan.
 
 A stream is a list of items: the validation rows first, then the training steps in windows, then the test rows, once,
-at the end. One Ray Data task reads one item and yields one row for each rank, in rank order; that row carries the
-rank's part of the item as Arrow IPC bytes, which no block splitter can cut or merge. With `preserve_order` the
-streaming split hands these rows to the ranks in turn. `open_stream` checks what arrives against the plan, so a stream
-out of order is an error and never a silently different run.
+at the end. `ordered_stream` says how an item reaches its ranks; `open_stream` holds what arrives against the plan.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from orchestration.manifest import FeatureManifest, Shard, read_file
+from orchestration.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
 from orchestration.sampling import TrainPlan, rank_slice
 from orchestration.split import SplitRows
 from tinyemo.config import Section
@@ -112,7 +110,7 @@ class StreamPlan:
                 "last": item.last,
                 "rank": rank,
                 "start_step": start_step,
-                "rows": _to_ipc(table.append_column("position", pa.array(positions))),
+                "rows": to_ipc(table.append_column("position", pa.array(positions))),
                 "labels": labels.astype(np.int64).tobytes(),
             }
 
@@ -170,13 +168,6 @@ def read_rows(manifest: FeatureManifest, rows: SplitRows) -> pa.Table:
     return pa.concat_tables(tables).take(pa.array(np.argsort(np.concatenate(places))))
 
 
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    return bytes(sink.getvalue().to_pybytes())
-
-
 def features_array(table: pa.Table) -> NDArray[Any]:
     """The features of a table, (N, d) in their stored type, without a copy where the column is one chunk."""
     column = table["features"].combine_chunks()
@@ -185,33 +176,12 @@ def features_array(table: pa.Table) -> NDArray[Any]:
 
 def build_dataset(plan: StreamPlan, start_step: int) -> ray.data.Dataset:
     """The Ray Data pipeline of a run from `start_step` on; nothing runs until the workers iterate."""
-    import ray.data
+
+    def read(row: Row) -> Iterator[Row]:
+        yield from plan.read(StreamItem(row["split"], row["first"], row["last"]), start_step)
 
     items = [{"split": item.split, "first": item.first, "last": item.last} for item in plan.items(start_step)]
-
-    def read(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, list[Any]]]:
-        for split, first, last in zip(batch["split"], batch["first"], batch["last"], strict=True):
-            for row in plan.read(StreamItem(split, int(first), int(last)), start_step):
-                yield {name: [value] for name, value in row.items()}
-
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    readers = ray.data.TaskPoolStrategy(size=plan.num_readers)
-    # Reading asks for no CPU of Ray's: two jobs whose workers hold them all would wait for their data for ever.
-    return dataset.map_batches(read, batch_size=1, num_cpus=0, compute=readers)
-
-
-def configure_ray_data() -> Any:
-    """Set Ray Data of this process to hand out blocks in order, a row each; the DataConfig for the trainer."""
-    import ray.data
-    import ray.train
-
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    # A block is closed as soon as it holds a row: each carries one rank's part of one item.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    options = ray.data.ExecutionOptions(preserve_order=True)
-    return ray.train.DataConfig(execution_options=options)
+    return ordered_dataset(items, read, num_readers=plan.num_readers)
 
 
 def open_stream(shard: ray.data.DataIterator, plan: StreamPlan, *, rank: int, start_step: int) -> Iterator[Batch]:
@@ -221,17 +191,16 @@ def open_stream(shard: ray.data.DataIterator, plan: StreamPlan, *, rank: int, st
         TrainingError: the stream handed out something else than the plan says.
     """
     expected: list[StreamItem] | None = None
-    for block in shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        for row in block.to_pylist():
-            item = StreamItem(row["split"], row["first"], row["last"])
-            if expected is None:
-                expected = _expected_items(plan, row["start_step"], start_step)
-            if row["rank"] != rank or not expected or item != expected.pop(0):
-                raise TrainingError(
-                    f"rank {rank} was handed {item} of rank {row['rank']}, which the plan does not have here; "
-                    "Ray Data did not preserve the order, please report it"
-                )
-            yield from _batches(plan, item, row, rank, start_step)
+    for row in ordered_rows(shard):
+        item = StreamItem(row["split"], row["first"], row["last"])
+        if expected is None:
+            expected = _expected_items(plan, row["start_step"], start_step)
+        if row["rank"] != rank or not expected or item != expected.pop(0):
+            raise TrainingError(
+                f"rank {rank} was handed {item} of rank {row['rank']}, which the plan does not have here; "
+                "Ray Data did not preserve the order, please report it"
+            )
+        yield from _batches(plan, item, row, rank, start_step)
     if expected:
         raise TrainingError(f"rank {rank}: the stream ended {len(expected)} items before the plan does")
 
@@ -244,7 +213,7 @@ def _expected_items(plan: StreamPlan, stream_start: int, start_step: int) -> lis
 
 
 def _batches(plan: StreamPlan, item: StreamItem, row: dict[str, Any], rank: int, start_step: int) -> Iterator[Batch]:
-    table = pa.ipc.open_stream(row["rows"]).read_all()
+    table = from_ipc(row["rows"])
     positions = np.asarray(table["position"])
     if not np.array_equal(positions, plan.positions(item, rank)):
         raise TrainingError(f"rank {rank}: {item} does not hold the rows of the plan")

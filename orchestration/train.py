@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from orchestration import storage, tracking
 from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, run_phase
 from orchestration.labels import label_embeddings
-from orchestration.loop import BEST_WEIGHTS, TrainJob
+from orchestration.loop import BEST_WEIGHTS, TrainJob, train_loop_per_worker
 from orchestration.plots import plot_confusion, plot_curves
 from orchestration.prepare import Preparation, prepare
 from orchestration.recipe import Recipe, to_toml
@@ -101,7 +101,7 @@ def _run_phases(
         job = TrainJob(recipe, plan, labels, preparation.words)
         callback = ReportCallback(f"{folder}/{name}", run.logger, prefix="train" if name == "select" else name)
         watch = (lambda state: on_report(name, state)) if on_report else None
-        return run_phase(job, callback, on_report=watch)
+        return run_phase(job, train_loop_per_worker, callback, on_report=watch)
 
     selected = phase("select", preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False))
     if not recipe.train.refit:

@@ -139,7 +139,7 @@ def random_table(
     if tokenizer_source is None:
         tokenize: Tokenize = _hash_words
     elif isinstance(tokenizer_source, Path):
-        tokenize = _open_tokenizer(tokenizer_source)
+        tokenize = _open_tokenize(tokenizer_source)
     else:
         tokenize = tokenizer_source.tokenize
     return _RandomTable(width, seed, name, tokenize)
@@ -177,7 +177,7 @@ def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)).reshape(len(ids), width)
 
     return _StoredTable(
-        name or metadata.get("general.name", path.stem), (num_rows, width), read, _open_tokenizer(path), revision
+        name or metadata.get("general.name", path.stem), (num_rows, width), read, _open_tokenize(path), revision
     )
 
 
@@ -215,7 +215,7 @@ def open_safetensors_table(
                 rows = torch.cat([table[token : token + 1] for token in ids])
         return torch.as_tensor(rows, dtype=torch.float32)
 
-    tokenize = _open_tokenizer(tokenizer_source or folder)
+    tokenize = _open_tokenize(tokenizer_source or folder)
     return _StoredTable(name or folder.name, (num_rows, width), read, tokenize, revision)
 
 
@@ -241,22 +241,27 @@ def _hash_words(text: str) -> list[int]:
     return [int.from_bytes(digest, "big") for digest in digests]
 
 
-def _open_tokenizer(source: Path) -> Tokenize:
-    """What splits a text into token ids, without special tokens and without a space put before it.
-
-    Raises:
-        DataError: `source` holds no tokenizer that transformers can read.
-    """
-    try:
-        tokenizer = _gguf_tokenizer(source) if source.is_file() else _folder_tokenizer(source)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source} holds no tokenizer that transformers can read: {reason}") from error
+def _open_tokenize(source: Path) -> Tokenize:
+    """What splits a text into token ids, without special tokens and without a space put before it."""
+    tokenizer = open_tokenizer(source)
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return tokenize
+
+
+def open_tokenizer(source: Path) -> Any:
+    """The tokenizers.Tokenizer of a GGUF file or a Hugging Face model folder.
+
+    Raises:
+        DataError: `source` holds no tokenizer that transformers can read.
+    """
+    try:
+        return _gguf_tokenizer(source) if source.is_file() else _folder_tokenizer(source)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{source} holds no tokenizer that transformers can read: {reason}") from error
 
 
 def _gguf_tokenizer(path: Path) -> Any:

@@ -10,6 +10,7 @@ import typer
 from orchestration.cli.assets import assets_app
 from orchestration.cli.ingest import ingest_app
 from orchestration.cli.platform import platform_app
+from orchestration.cli.stream import stream
 from orchestration.cli.train import family, train
 from orchestration.cli.tune import tune
 from orchestration.cli.use import evaluate, predict
@@ -27,6 +28,7 @@ app.add_typer(ingest_app, name="ingest")
 app.command()(train)
 app.command()(family)
 app.command()(tune)
+app.command()(stream)
 app.command()(evaluate)
 app.command()(predict)
 

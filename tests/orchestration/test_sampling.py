@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.sampling import CHUNK_ROWS, SampleOrder, TrainPlan, epoch_order, rank_slice
+from orchestration.sampling import CHUNK_ROWS, SampleOrder, TrainPlan, chunks_of, epoch_order, rank_slice
 
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 700)
@@ -19,7 +21,7 @@ def plan(seed: int, num_rows: int, batch: int = 12, epochs: float = 3, pool: int
 @settings(deadline=None)
 @given(seed=seeds, num_rows=sizes, epoch=st.integers(0, 5))
 def test_an_epoch_holds_every_row_once(seed: int, num_rows: int, epoch: int) -> None:
-    order = epoch_order(num_rows, seed=seed, epoch=epoch, pool_rows=65_536)
+    order = epoch_order(chunks_of(num_rows, CHUNK_ROWS), entropy=(seed, epoch), pool_rows=65_536)
     assert np.array_equal(np.sort(order), np.arange(num_rows))
 
 
@@ -27,7 +29,7 @@ def test_an_epoch_holds_every_row_once(seed: int, num_rows: int, epoch: int) -> 
 @given(seed=seeds, num_chunks=st.integers(2, 6), extra=st.integers(0, CHUNK_ROWS - 1))
 def test_a_pool_smaller_than_the_split_still_holds_every_row_once(seed: int, num_chunks: int, extra: int) -> None:
     num_rows, pool = num_chunks * CHUNK_ROWS + extra, 2 * CHUNK_ROWS
-    order = epoch_order(num_rows, seed=seed, epoch=1, pool_rows=pool)
+    order = epoch_order(chunks_of(num_rows, CHUNK_ROWS), entropy=(seed, 1), pool_rows=pool)
     assert np.array_equal(np.sort(order), np.arange(num_rows))
     # A pool reads from as many chunks as fit into it, and one more where the short chunk falls into it.
     assert all(len(np.unique(order[i : i + pool] // CHUNK_ROWS)) <= 3 for i in range(0, num_rows, pool))
@@ -63,5 +65,13 @@ def test_the_tail_of_an_epoch_goes_into_the_next() -> None:
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
-    orders = [tuple(epoch_order(50, seed=s, epoch=e, pool_rows=64)) for s in (0, 1) for e in (0, 1)]
+    chunk_sizes = chunks_of(50, 16)
+    orders = [tuple(epoch_order(chunk_sizes, entropy=(s, e), pool_rows=64)) for s in (0, 1) for e in (0, 1)]
     assert len(set(orders)) == 4
+
+
+def test_the_order_is_the_one_that_was_published() -> None:
+    """Golden values: an order that changes between releases would break the resume of runs that wait."""
+    for num_rows, pool, digest in ((700, 65_536, "e98bd6461c4b1c56"), (5000, 2048, "d369cc8c5a4e1540")):
+        order = epoch_order(chunks_of(num_rows, CHUNK_ROWS), entropy=(7, 2), pool_rows=pool)
+        assert hashlib.sha256(order.tobytes()).hexdigest()[:16] == digest
