@@ -292,7 +292,7 @@ def test_efficientnet_yields_a_grid_and_its_mean(wheels: Path) -> None:
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / EFFICIENTNET_FILE)
     spec = describe_encoder(tmp_path, name=EFFICIENTNET_LITE0)
-    with pytest.raises(DataError, match="1 tensors are not EfficientNet-Lite0's"):
+    with pytest.raises(DataError, match="1 tensors are not the 294 of EfficientNet-Lite0"):
         load_encoder(tmp_path, spec)
     (tmp_path / EFFICIENTNET_FILE).write_bytes(b"no weights")
     with pytest.raises(DataError, match="is no file of weights"):
