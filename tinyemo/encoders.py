@@ -15,6 +15,10 @@ from pydantic import PositiveInt, ValidationError
 from tinyemo.config import Section
 from tinyemo.errors import DataError
 
+EFFICIENTNET_LITE0 = "efficientnet-lite0"
+"""The encoder whose real weights come without a hub, from an ordinary package."""
+EFFICIENTNET_FILE = "efficientnet-lite0.pth"
+
 UNKNOWN = "unknown"
 """A revision or a preprocessing that nobody wrote down; it is never held against another one."""
 PARQUET_KEY = b"tinyemo"

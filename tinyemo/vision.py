@@ -30,11 +30,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from tinyemo.efficientnet import STRIDE, WIDTH, EfficientNetLite0
-from tinyemo.encoders import EncoderInfo, EncoderSpec, Preprocessing
+from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
 from tinyemo.errors import DataError
 
-EFFICIENTNET_LITE0 = "efficientnet-lite0"
-EFFICIENTNET_FILE = "efficientnet-lite0.pth"
 EFFICIENTNET_PREPROCESSING = Preprocessing(
     resize="shortest_edge",
     size=224,
@@ -120,7 +118,7 @@ class VisionEncoder:
         return Features(pooled.float().cpu(), patches.float().cpu())
 
     def _run(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spec.kind == "efficientnet-lite0":
+        if self.spec.kind == EFFICIENTNET_LITE0:
             grid = self._network(values)
             return grid.mean(dim=(2, 3)), grid.flatten(2).transpose(1, 2)
         outputs = self._network(pixel_values=values, output_hidden_states=True)
@@ -180,7 +178,7 @@ def load_encoder(folder: Path, spec: EncoderSpec, device: torch.device | str = "
     found = describe_encoder(folder, name=spec.info.name, revision=known)
     if found != spec:
         raise DataError(f"{folder} holds {found.info}, expected is {spec.info}: put the same files on every node")
-    network = _load_efficientnet(folder) if spec.kind == "efficientnet-lite0" else _load_tower(folder, spec.kind)
+    network = _load_efficientnet(folder) if spec.kind == EFFICIENTNET_LITE0 else _load_tower(folder, spec.kind)
     return VisionEncoder(spec, network, torch.device(device))
 
 

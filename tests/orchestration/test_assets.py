@@ -284,9 +284,9 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path, monke
 
 
 def test_an_unknown_asset_lists_the_catalogue() -> None:
-    with pytest.raises(ConfigError, match="unknown asset 'emotion7': it must be one of emotion6, smollm2-135m"):
+    with pytest.raises(ConfigError, match="unknown asset 'emotion7': it must be one of emotion6, oasis, smollm2-135m"):
         get_asset("emotion7")
-    assert asset_names() == ("emotion6", "smollm2-135m")
+    assert asset_names() == ("emotion6", "oasis", "smollm2-135m", "efficientnet-lite0")
     assert {size.asset for size in FAMILY.values() if size.asset} <= set(asset_names())
 
 

@@ -18,6 +18,8 @@ from torch import nn
 
 from tinyemo.efficientnet import EfficientNetLite0
 from tinyemo.encoders import (
+    EFFICIENTNET_FILE,
+    EFFICIENTNET_LITE0,
     UNKNOWN,
     EncoderInfo,
     Preprocessing,
@@ -29,8 +31,6 @@ from tinyemo.encoders import (
 )
 from tinyemo.errors import DataError
 from tinyemo.vision import (
-    EFFICIENTNET_FILE,
-    EFFICIENTNET_LITE0,
     WEIGHTS_MARK,
     UnreadableImageError,
     VisionEncoder,
