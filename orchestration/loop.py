@@ -20,6 +20,7 @@ from torch import Tensor
 
 from orchestration import storage
 from orchestration.engine import Engine, build_engine, full_state_dict, load_engine, save_engine, train_step
+from orchestration.ordered_stream import Waits
 from orchestration.recipe import Recipe
 from orchestration.stream import Batch, StreamPlan, build_dataset, open_stream
 from tinyemo.errors import TrainingError
@@ -111,7 +112,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         world_size=plan.world_size,
     )
     progress, best = restore(engine, job)
-    stream = open_stream(ray.train.get_dataset_shard("samples"), plan, rank=rank, start_step=progress.step)
+    stream = Waits(open_stream(ray.train.get_dataset_shard("samples"), plan, rank=rank, start_step=progress.step))
     validation: list[Batch] = []
     curve: list[dict[str, float]] = []
     confusion = torch.zeros(len(job.words), len(job.words), dtype=torch.int64)
@@ -133,7 +134,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                 metrics, progress, best = validate(engine, job, objective, validation, progress, best)
             if is_epoch_end or _is_due(recipe.checkpoint.every_steps, progress.step):
                 rate = recipe.train.global_batch_size * len(curve) / (time.perf_counter() - started_at)
-                report(engine, progress, best, {**metrics, "train/samples_per_s": rate, "curve": curve})
+                speed = {"train/samples_per_s": rate, "train/wait_share": stream.take_share()}
+                report(engine, progress, best, {**metrics, **speed, "curve": curve})
                 curve, started_at = [], time.perf_counter()
     report_end(progress, best, confusion, rank)
 

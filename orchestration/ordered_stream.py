@@ -8,8 +8,9 @@ silently different run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import ray.data
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def ordered_dataset(items: list[Row], read: Callable[[Row], Iterator[Row]], *, num_readers: int) -> ray.data.Dataset:
@@ -34,7 +36,7 @@ def ordered_dataset(items: list[Row], read: Callable[[Row], Iterator[Row]], *, n
             for row in read(item):
                 yield {name: [value] for name, value in row.items()}
 
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items)))
     # Reading asks for no CPU of Ray's: two jobs whose workers hold them all would wait for their data for ever.
     readers = ray.data.TaskPoolStrategy(size=num_readers)
     return dataset.map_batches(run, batch_size=1, batch_format="pyarrow", num_cpus=0, compute=readers)
@@ -58,6 +60,41 @@ def ordered_rows(shard: ray.data.DataIterator) -> Iterator[Row]:
     """A rank's rows as they come."""
     for block in shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
         yield from block.to_pylist()
+
+
+class Waits(Generic[T]):
+    """A stream that knows how long its consumer waited for it.
+
+    Attributes:
+        first_s: seconds to the first item.
+        waited_s: seconds spent waiting for the items after it.
+    """
+
+    def __init__(self, stream: Iterator[T]) -> None:
+        self.first_s = self.waited_s = 0.0
+        self._stream = stream
+        self._since = time.perf_counter()
+
+    def __iter__(self) -> Iterator[T]:
+        """The stream's items."""
+        asked_at = time.perf_counter()
+        is_first = True
+        for item in self._stream:
+            waited_s = time.perf_counter() - asked_at
+            if is_first:
+                self.first_s, self._since = waited_s, time.perf_counter()
+            else:
+                self.waited_s += waited_s
+            is_first = False
+            yield item
+            asked_at = time.perf_counter()
+
+    def take_share(self) -> float:
+        """Part of the time since the last call, or since the first item, that was spent waiting."""
+        now = time.perf_counter()
+        share = self.waited_s / (now - self._since) if now > self._since else 0.0
+        self.waited_s, self._since = 0.0, now
+        return share
 
 
 def to_ipc(table: pa.Table) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.ledger import Ledger
+from orchestration.ordered_stream import Waits
 from orchestration.recipe import Recipe
 from orchestration.record_stream import RecordPlan, build_record_dataset, open_record_stream
 
@@ -50,17 +51,15 @@ def stream_loop_per_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     ledger = Ledger(job.folder, attempt=context.get_experiment_name(), rank=rank)
-    stream = open_record_stream(
-        ray.train.get_dataset_shard("samples"), job.plan, rank=rank, start_step=job.start_step
-    )  # fmt: skip
-    opened_at = started_at = time.perf_counter()
-    first_batch_s, num_samples, step = 0.0, 0, job.start_step
+    samples = ray.train.get_dataset_shard("samples")
+    stream = Waits(open_record_stream(samples, job.plan, rank=rank, start_step=job.start_step))
+    started_at = time.perf_counter()
+    step = job.start_step
 
     for batch in stream:
-        if not num_samples:
-            # The rate is of what flows once it flows.
-            first_batch_s, started_at = time.perf_counter() - opened_at, time.perf_counter()
-        num_samples, step = num_samples + len(batch.ids), batch.step + 1
+        if step == job.start_step:
+            started_at = time.perf_counter()  # the rate is of what flows once it flows
+        step = batch.step + 1
         if job.has_ledger:
             ledger.add(batch.epoch, batch.step, batch.ids)
         every = job.recipe.checkpoint.every_steps
@@ -69,10 +68,11 @@ def stream_loop_per_worker(config: dict[str, Any]) -> None:
             _report(job, rank, {"step": step, "is_final": False})
     ledger.flush()
     seconds = time.perf_counter() - started_at
+    num_samples = (step - job.start_step) * job.plan.steps.global_batch_size
     figures = {
-        "first_batch_s": first_batch_s,
-        "samples_per_s": job.plan.world_size * num_samples / seconds if seconds else 0.0,
-        "num_samples": num_samples * job.plan.world_size,
+        "first_batch_s": stream.first_s,
+        "samples_per_s": num_samples / seconds,
+        "num_samples": num_samples,
     }
     _report(job, rank, {"step": step, "is_final": True, **figures})
 
