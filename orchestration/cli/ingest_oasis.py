@@ -52,12 +52,12 @@ def oasis_command(
         test_fraction=test_fraction,
         seed=seed,
     )
-    with progress() as advance:
+    # Ray reports lost workers on stdout, which is for results.
+    with progress() as advance, redirect_stdout(sys.stderr):
         report = ingest_oasis(name=name, root=root or default_root(), rules=rules, is_forced=is_forced, advance=advance)
-    if as_json:
-        typer.echo(json.dumps(_as_document(report), indent=2, sort_keys=True))
-    else:
-        _show(report)
+    if not as_json:
+        typer.echo("answers are TEMPLATES filled from the norms; emotions are a rule over mean valence and arousal")
+    show_report(report, as_json=as_json)
 
 
 def _make_rules(**values: Any) -> OasisRules:
