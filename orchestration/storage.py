@@ -171,7 +171,7 @@ def _typed_errors(uri: str) -> Iterator[None]:
 
 
 def read_bytes(uri: str, *, start: int = 0, length: int | None = None) -> bytes:
-    """The object's bytes, or `length` of them (to its end where None) from offset `start`.
+    """The object's bytes, or up to `length` of them (to its end where None) from offset `start`.
 
     A body that breaks off is asked for again, MAX_ATTEMPTS times in all.
 
@@ -188,6 +188,10 @@ def read_bytes(uri: str, *, start: int = 0, length: int | None = None) -> bytes:
         with _typed_errors(uri):
             try:
                 body: bytes = client().get_object(Bucket=bucket, Key=key, **options)["Body"].read()
+            except botocore.exceptions.ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return b""  # nothing is stored behind `start`, for instance in an empty object
+                raise
             except (
                 botocore.exceptions.IncompleteReadError,
                 botocore.exceptions.ResponseStreamingError,
