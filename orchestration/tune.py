@@ -45,6 +45,8 @@ class TuneResult:
             the pauses between them.
         params: the winner's value by knob.
         winner_trial: its number.
+        val_top1_accuracy: of the winner, over all folds and seeds that the search did not use; without finalists its
+            value in the search, which is too high for having been the best of many.
         finalists: those that were tried again, best first.
         front: numbers of the trials on the Pareto front, of a search with two objectives.
         winner_recipe: S3 address of the TOML that `tinyemo train` takes as it is.
@@ -115,7 +117,7 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
             search_s=search_s,
             params=winner.params,
             winner_trial=winner.number,
-            val_top1_accuracy=winner.value(objectives(recipe.search)[0]),
+            val_top1_accuracy=finalists[0].mean if finalists else winner.value(objectives(recipe.search)[0]),
             finalists=[asdict(finalist) for finalist in finalists],
             front=[record.number for record in _candidates(recipe, records)] if len(_metrics(recipe)) > 1 else [],
             winner_recipe=winner_uri,
@@ -199,8 +201,12 @@ def _choose(
             f"none of {len(records)} trials of {recipe.name} finished ({'; '.join(errors[:2]) or 'all were stopped'}): "
             "narrow search.space or raise search.reduction_factor, under another name"
         )
-    finalists = judge_finalists(recipe, data, folder, candidates[: recipe.search.num_finalists])
-    by_number = {record.number: record for record in candidates}
+    chosen = candidates[: recipe.search.num_finalists]
+    # The recipe's own values are judged beside them, however far ASHA let them come: a search must not end below them.
+    own = first_point(recipe)
+    chosen += [record for record in records if record.params == own and record not in chosen and not record.error][:1]
+    finalists = judge_finalists(recipe, data, folder, chosen)
+    by_number = {record.number: record for record in chosen}
     return (by_number[finalists[0].trial] if finalists else candidates[0]), finalists
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from job_runner import RUNS, Jobs
 from orchestration.engine import build_engine
 from orchestration.loop import build_projector, objective_of, take_step
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
+from orchestration.search_check import first_point
 from orchestration.search_records import TrialRecord, pareto_front, rank_trials, read_records, write_record
 from orchestration.search_run import RecordEnds, _scheduler, _searcher
 from orchestration.stream import Batch
@@ -260,6 +262,11 @@ def test_a_killed_search_goes_on_and_leaves_children_a_winner_and_its_recipe(job
     assert sorted(int(run.data.tags["trial"]) for run in trials) == list(range(12))
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert {run.data.tags["ended"] for run in trials} <= {"finished", "stopped by ASHA"}
+    # The recipe's own values are judged beside the best, on every fold, and the best of these is the winner.
+    finalists = result["finalists"]
+    assert first_point(load_recipe(str(path))) in [after[finalist["trial"]].params for finalist in finalists]
+    assert result["winner_trial"] == finalists[0]["trial"]
+    assert result["val_top1_accuracy"] == max(fmean(finalist["values"]) for finalist in finalists)
     # The winner's recipe trains as it is, and the run has the losses that a trial has.
     winner = tmp_path / "winner.toml"
     with jobs.connected():
