@@ -4,8 +4,10 @@
 <root>/<name>/<version>/manifest.json          written after everything that it names
 <root>/<name>/<version>/index.parquet          one line per row: split, label_id, id_hash, shard, row
 <root>/<name>/<version>/rejected.parquet       every row that was not kept, with its reason
-<root>/<name>/<version>/<split>-00000.parquet  the rows: features (id, label, label_id, features; sorted by id hash) or
-                                               instruct records (RECORD_SCHEMA, in the order of the input)
+<root>/<name>/<version>/<split>-00000.parquet  the rows: features (id, label, label_id, features; sorted by id hash, or
+                                               in the order of the images where an encoder made them) or instruct
+                                               records (RECORD_SCHEMA, in the order of the input)
+<root>/<name>/<version>/patches-<split>-00000.parquet  beside features of an encoder: id, patches (P x D float16)
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from orchestration import storage
+from tinyemo.encoders import EncoderInfo
 from tinyemo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -143,17 +146,6 @@ class Manifest(_Part):
         return [*self.shards, self.index, self.rejected]
 
 
-class EncoderInfo(_Part):
-    """Which network made features, and from which pixels."""
-
-    name: str
-    """For instance openai/clip-vit-large-patch14."""
-    revision: str
-    """Commit or sha256 of its weights."""
-    preprocessing: str
-    """sha256 over size, crop, interpolation, mean and standard deviation."""
-
-
 class FeatureManifest(Manifest):
     """Pooled features of one encoder, a label each: what a projector trains on."""
 
@@ -163,6 +155,17 @@ class FeatureManifest(Manifest):
     rows_per_shard: PositiveInt
     encoder: EncoderInfo | None = None
     """None where the rows came without that knowledge."""
+    patch_grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Rows and columns of an image's patches, P in all; None where only pooled features are here."""
+    patch_width: PositiveInt | None = None
+    """D."""
+    patches: list[Shard] = []
+    """Patch features: columns id (sha256 of the image) and patches (P x D float16, row after row of the grid); also
+    of images that have no pooled row because they have no label."""
+
+    def files(self) -> Iterable[FileRef]:
+        """Every file that the version needs besides the manifest itself."""
+        return [*super().files(), *self.patches]
 
 
 class InstructManifest(Manifest):

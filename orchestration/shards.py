@@ -55,8 +55,8 @@ def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], 
                 stored = uploads.put(f"{split}-{number:05d}.parquet", _shard_bytes(part, features))
                 shards.append(Shard(**stored.model_dump(), split=split, rows=part.num_rows))
                 advance("upload", len(shards), num_shards)
-        index = uploads.put("index.parquet", _parquet_bytes(_index_table(plan, version.rows_per_shard)))
-        rejected = uploads.put("rejected.parquet", _parquet_bytes(_rejected_table(plan.rejections)))
+        index = uploads.put("index.parquet", parquet_bytes(_index_table(plan, version.rows_per_shard)))
+        rejected = uploads.put("rejected.parquet", parquet_bytes(rejected_table(plan.rejections)))
     labels = plan.table["label"]
     return FeatureManifest(
         name=version.name,
@@ -98,7 +98,7 @@ def _shard_bytes(part: pa.Table, features: npt.NDArray[np.floating]) -> bytes:
             "features": pa.FixedSizeListArray.from_arrays(values, features.shape[1]),
         }
     )
-    return _parquet_bytes(table)
+    return parquet_bytes(table)
 
 
 def _index_table(plan: Plan, rows_per_shard: int) -> pa.Table:
@@ -119,7 +119,8 @@ def _index_table(plan: Plan, rows_per_shard: int) -> pa.Table:
     return pa.table(columns, schema=INDEX_SCHEMA)
 
 
-def _rejected_table(rejections: list[Rejection]) -> pa.Table:
+def rejected_table(rejections: list[Rejection]) -> pa.Table:
+    """One line per row that is not kept."""
     fields = [("split", pa.string()), ("id", pa.string()), ("label", pa.string())]
     fields += [("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
     return pa.table(
@@ -127,7 +128,7 @@ def _rejected_table(rejections: list[Rejection]) -> pa.Table:
     )
 
 
-def _parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
     """A Parquet file of one row group; features stay uncompressed, floats do not shrink."""
     words = [name for name in table.column_names if name != "features"]
     compression = {name: "zstd" for name in words} | {"features.list.element": "none"}

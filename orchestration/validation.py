@@ -56,7 +56,7 @@ class Rejection:
     id: str | None
     label: str | None
     row: int
-    reason: Reason
+    reason: StrEnum
     detail: str
 
 

@@ -8,8 +8,10 @@ import sys
 import typer
 
 from orchestration.cli.assets import assets_app
+from orchestration.cli.features import features
 from orchestration.cli.ingest import ingest_app
 from orchestration.cli.ingest_instruct import instruct_command
+from orchestration.cli.ingest_oasis import oasis_command
 from orchestration.cli.platform import platform_app
 from orchestration.cli.stream import stream
 from orchestration.cli.train import family, train
@@ -26,7 +28,9 @@ app = typer.Typer(
 app.add_typer(platform_app, name="platform")
 app.add_typer(assets_app, name="assets")
 ingest_app.command("instruct")(instruct_command)
+ingest_app.command("oasis")(oasis_command)
 app.add_typer(ingest_app, name="ingest")
+app.command()(features)
 app.command()(train)
 app.command()(family)
 app.command()(tune)
