@@ -21,7 +21,8 @@ from orchestration.instruct_records import RawRecord, Staged, read_chunk
 from orchestration.instruct_rules import IngestRules, Layout, Reason, RejectedRecordError
 from orchestration.instruct_validation import Record, check_record, claimed, parse_document, reject
 from orchestration.manifest import RECORD_SCHEMA
-from tinyemo.errors import DataError
+from tinyemo import errors
+from tinyemo.errors import DataError, TinyEmoError
 
 SHARD_OPTIONS: dict[str, Any] = {
     # JPEG, PNG and WebP do not shrink; the other columns are words.
@@ -290,15 +291,19 @@ def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> I
     """What the tasks return, one task an item and one CPU a task, in no order; an error of ours in one comes out."""
     import ray.data
 
-    from orchestration.fit import find_cause
+    def guarded(batch: pa.Table) -> pa.Table:
+        # Raised, it would reach the driver as Ray Data's own error, without ours inside.
+        try:
+            return work(batch)
+        except TinyEmoError as error:
+            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}])
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    tables = dataset.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    try:
-        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow")
-    except Exception as error:
-        cause = find_cause([error])
-        if cause is None:
-            raise
-        raise cause from error
+    results = dataset.map_batches(guarded, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if "failure" in table.column_names:
+            failure = table.to_pylist()[0]
+            raise getattr(errors, failure["failure"])(failure["message"])
+        yield table
