@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -108,6 +108,9 @@ def ingest_features(
         uri = f"{root.rstrip('/')}/{name}/{plan.digest[:VERSION_LENGTH]}"
         existing = None if is_forced else existing_version(uri, plan.digest, FeatureManifest)
         if existing is not None:
+            if existing.encoder != rows.encoder:  # the same rows, and now we know who made them, or no longer do
+                existing = existing.model_copy(update={"encoder": rows.encoder})
+                publish(existing)
             point_latest_at(existing)
             return IngestReport(existing, True, 0, 0, time.monotonic() - started)
         storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
@@ -123,13 +126,14 @@ def _open_source(source: str, *, split: str | None, feature_width: int | None) -
     if path.exists():
         description = {"kind": "folder" if path.is_dir() else "file", "name": path.name}
         return open_parquet_input(path, split=split, feature_width=feature_width, description=description)
-    from orchestration.assets import asset_names, get_asset, read_provenance
+    from orchestration.assets import asset_names, find_asset, get_asset, read_provenance
 
     if source not in asset_names():
         raise DataError(f"{source} is neither a file, a folder nor an asset: assets are {', '.join(asset_names())}")
     folder = get_asset(source)
     description = {"kind": "asset", "name": source, **read_provenance(folder)}
-    return open_parquet_input(folder, split=split, feature_width=feature_width, description=description)
+    rows = open_parquet_input(folder, split=split, feature_width=feature_width, description=description)
+    return replace(rows, encoder=find_asset(source).encoder)
 
 
 def _plan_rows(rows: Input, taxonomy: str, rows_per_shard: int, staged: IO[bytes], advance: Advance) -> Plan:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tinyemo.encoders import EncoderInfo, encoder_in_metadata
 from tinyemo.errors import DataError
 
 BATCH_ROWS = 1024
@@ -58,6 +59,8 @@ class Input:
     feature_dtype: FeatureDtype
     num_rows: int
     batches: Callable[[], Iterator[RowBatch]]
+    encoder: EncoderInfo | None = None
+    """Which network made the features; None where nothing says so."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -154,14 +157,19 @@ def open_parquet_input(
         description: what the manifest says about the origin; the files' sha256 are added.
 
     Raises:
-        DataError: where a file is missing, corrupt or lacks a column.
+        DataError: where a file is missing, corrupt or lacks a column, or two files name different encoders.
     """
     files = _find_files(source, split)
     is_half, num_rows = True, 0
+    encoders: set[EncoderInfo | None] = set()
     for path, name in files:
         with _open_parquet(path, name) as file:
             is_half &= pa.types.is_float16(file.schema_arrow.field("features").type.value_type)
             num_rows += file.metadata.num_rows
+            encoders.add(encoder_in_metadata(file.schema_arrow.metadata, str(path)))
+    known = sorted(str(encoder) for encoder in encoders - {None})
+    if len(known) > 1:
+        raise DataError(f"{source} holds features of {len(known)} encoders ({'; '.join(known)}): ingest each by itself")
     reference = next((item for item in files if item[1] == "train"), files[0])
 
     def batches() -> Iterator[RowBatch]:
@@ -175,6 +183,7 @@ def open_parquet_input(
         feature_dtype="float16" if is_half else "float32",
         num_rows=num_rows,
         batches=batches,
+        encoder=encoders.pop() if len(encoders) == 1 else None,
     )
 
 

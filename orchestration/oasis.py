@@ -322,7 +322,7 @@ def describe_rules(rules: OasisRules) -> dict[str, Any]:
         "answers": "templates",
         "emotion_rule": {
             "model": "circumplex: one word of Mikels for each quadrant of mean valence and mean arousal (1 to 7)",
-            "quadrants": {f"{valence}, {arousal}": words[0] for (valence, arousal), words in QUADRANTS.items()},
+            "quadrants": {f"{valence}_{arousal}": words[0] for (valence, arousal), words in QUADRANTS.items()},
             "never_given": sorted(word for words in QUADRANTS.values() for word in words[1:]),
             "no_emotion": "between negative_below and positive_above, or between calm_below and aroused_above",
             **rules.model_dump(mode="json"),

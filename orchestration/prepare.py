@@ -71,6 +71,7 @@ def prepare(recipe: Recipe) -> Preparation:
             f"projector.encoder_width: {recipe.projector.encoder_width} and the features of {manifest.uri} "
             f"are {manifest.feature_width} wide"
         )
+    problems += _encoder_problems(recipe, manifest)
     num_train = len(splits.get("train", ()))
     if recipe.train.global_batch_size > num_train * (1 - recipe.data.validation_fraction):
         problems.append(
@@ -90,6 +91,14 @@ def _leave_out_problems(recipe: Recipe, left_out: tuple[str, ...], words: tuple[
     if len(words) < 2:
         return [f"data.leave_out: leaves {len(words)} labels to train on; at least 2"]
     return []
+
+
+def _encoder_problems(recipe: Recipe, manifest: FeatureManifest) -> list[str]:
+    wanted, found = recipe.projector.encoder, manifest.encoder
+    if not wanted or (found is not None and found.matches(wanted)):
+        return []
+    made_by = "do not say which encoder made them" if found is None else f"are of {found}"
+    return [f"projector.encoder: {wanted} and the features of {manifest.uri} {made_by}"]
 
 
 def _of_words(rows: SplitRows, taxonomy: tuple[str, ...], words: tuple[str, ...]) -> SplitRows:

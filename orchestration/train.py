@@ -20,6 +20,7 @@ from orchestration.plots import plot_confusion, plot_curves
 from orchestration.prepare import Preparation, prepare
 from orchestration.recipe import Recipe, to_toml
 from orchestration.stream import StreamPlan
+from tinyemo.encoders import UNKNOWN, card_entries
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import scores_from_confusion
@@ -55,6 +56,7 @@ class TrainResult:
     test_confusion: list[list[int]]
     words: list[str]
     samples_per_s: float
+    encoder_weights: str = "real"
 
 
 def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnReport | None = None) -> TrainResult:
@@ -159,6 +161,7 @@ def _tags(preparation: Preparation) -> dict[str, str]:
         "data.digest": manifest.digest,
         "zero_stage": str(recipe.engine.zero_stage),
         "num_workers": str(recipe.workers.num_workers),
+        "encoder": str(manifest.encoder or UNKNOWN),
     }
 
 
@@ -199,6 +202,7 @@ def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState
         test_confusion=scores.confusion,
         words=list(preparation.words),
         samples_per_s=_samples_per_s(final),
+        encoder_weights="real" if preparation.manifest.encoder is None else preparation.manifest.encoder.weights,
     )
 
 
@@ -215,6 +219,8 @@ def notes(result: TrainResult) -> str:
     said = []
     if result.llm_weights == "random":
         said.append("random LLM weights")
+    if result.encoder_weights == "random":
+        said.append("random vision encoder")
     if result.data == "generated":
         said.append("generated data")
     return ", ".join(said)
@@ -280,4 +286,5 @@ def _card(preparation: Preparation, result: TrainResult) -> dict[str, CardValue]
         "num_train": result.num_train,
         "test_top1_accuracy": result.test_top1_accuracy,
         "num_test": result.num_test,
+        **card_entries(preparation.manifest.encoder),
     }

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from tinyemo.encoders import EncoderInfo, encoder_in_metadata
 from tinyemo.errors import DataError
 
 LABEL_COLUMNS = ("emotion", "label")
@@ -30,6 +31,8 @@ class FeatureTable:
     """N words as they stand in the file; None where it has no label column."""
     features: Tensor
     """(N, d) float32, finite."""
+    encoder: EncoderInfo | None = None
+    """Which network made them; None where the file does not say."""
 
 
 def read_features(path: Path) -> FeatureTable:
@@ -58,6 +61,7 @@ def read_features(path: Path) -> FeatureTable:
         ids=[str(name) for name in table["id"].to_pylist()],
         labels=_read_labels(path, table[label_column]) if label_column else None,
         features=_read_matrix(path, table["features"]),
+        encoder=encoder_in_metadata(schema.metadata, str(path)),
     )
 
 

@@ -37,6 +37,8 @@ class ProjectorConfig(Section):
 
     encoder_width: Literal[512, 768, 1024, 1152, 1280] = 768
     """Width of the pooled image features: CLIP B/16, CLIP L/14, DINOv2-L, SigLIP so400m, EfficientNet-Lite0."""
+    encoder: str = ""
+    """Name, or name@revision, of the encoder whose features it takes; others are refused. Empty: any of that width."""
     hidden_size: PositiveInt = 576
     """Width of the language model's input embeddings."""
     hidden_width: PositiveInt | None = None

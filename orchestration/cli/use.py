@@ -1,4 +1,4 @@
-"""`tinyemo evaluate` and `tinyemo predict`: a trained projector on a Parquet file of features.
+"""`tinyemo evaluate` and `tinyemo predict`: a trained projector on a Parquet file of features, or on a data set in S3.
 
 Neither imports ray or deepspeed, and a projector in a local folder needs no platform. Heavy imports stand in functions.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tinyemo.classification import ZeroShotScores
+    from tinyemo.features import FeatureTable
     from tinyemo.label_embeddings import LabelEmbeddings
     from tinyemo.metrics import Scores
     from tinyemo.projector import MetricProjector
@@ -32,9 +33,13 @@ ProjectorOption = Annotated[
     str, typer.Option(help="Folder, s3://bucket/folder, models:/NAME@champion or runs:/RUN/folder.", show_default=False)
 ]
 FeaturesOption = Annotated[
-    Path,
-    typer.Option(help="Parquet file with columns id, features and, to evaluate, emotion or label.", show_default=False),
+    str,
+    typer.Option(
+        help="Parquet file with columns id, features and, to evaluate, emotion or label; or a feature data set, s3://...",
+        show_default=False,
+    ),
 ]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a data set in S3.  [default: test]")]
 TaxonomyOption = Annotated[
     str | None, typer.Option(help="ekman, mikels or parrott; default: the one it was trained on.")
 ]
@@ -49,6 +54,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def evaluate(
     projector: ProjectorOption,
     features: FeaturesOption,
+    split: SplitOption = None,
     taxonomy: TaxonomyOption = None,
     words: WordsOption = None,
     leave_out: LeaveOutOption = None,
@@ -59,22 +65,19 @@ def evaluate(
     Example: tinyemo evaluate --projector ./projector --features test.parquet --json
     """
     from tinyemo.classification import evaluate_left_out, evaluate_projector
-    from tinyemo.features import read_features
 
     with _open_projector(projector) as model:
         chosen = _choose_words(model, taxonomy, words)
-        table = read_features(features)
+        table = _read_features(model, features, split)
         if leave_out is not None:
             left_out = _left_out_words(model, leave_out)
             zero_shot = evaluate_left_out(model, table, chosen, left_out)
-            _show_left_out(
-                zero_shot, {"projector": projector, "features": str(features), **_provenance(model)}, as_json
-            )
+            _show_left_out(zero_shot, {"projector": projector, "features": features, **_provenance(model)}, as_json)
             return
         scores = evaluate_projector(model, table, chosen)
     document = {**asdict(scores), "words": list(scores.per_class_recall), **_provenance(model)}
     if as_json:
-        typer.echo(json.dumps({"projector": projector, "features": str(features), **document}))
+        typer.echo(json.dumps({"projector": projector, "features": features, **document}))
         return
     _show([_recall_table(scores)], _cautions(document))
 
@@ -116,6 +119,7 @@ def _show_left_out(scores: ZeroShotScores, document: dict[str, Any], as_json: bo
 def predict(
     projector: ProjectorOption,
     features: FeaturesOption,
+    split: SplitOption = None,
     taxonomy: TaxonomyOption = None,
     words: WordsOption = None,
     order_by_score: Annotated[
@@ -129,20 +133,19 @@ def predict(
     Example: tinyemo predict --projector ./projector --features new.parquet --words "joy,awe,boredom" --json
     """
     from tinyemo.classification import predict_labels
-    from tinyemo.features import read_features
 
     if out is not None and out.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out must end in .parquet or .jsonl, got {out.name!r}")
     with _open_projector(projector) as model:
         chosen = _choose_words(model, taxonomy, words)
-        rows = predict_labels(model, read_features(features), chosen)
+        rows = predict_labels(model, _read_features(model, features, split), chosen)
     if order_by_score:
         rows.sort(key=lambda row: -row["scores"][row["label"]])
     document = {"words": list(chosen), **_provenance(model)}
     if out is not None:
         _write_rows(out, rows, document)
     if as_json:
-        typer.echo(json.dumps({"projector": projector, "features": str(features), **document, "rows": rows}))
+        typer.echo(json.dumps({"projector": projector, "features": features, **document, "rows": rows}))
         return
     _show([_prediction_table(rows)], _cautions(document))
 
@@ -172,6 +175,34 @@ def _open_projector(location: str) -> Iterator[MetricProjector]:
     from orchestration.tracking import download_artifacts
 
     yield MetricProjector.from_pretrained(download_artifacts(location))
+
+
+def _read_features(model: MetricProjector, location: str, split: str | None) -> FeatureTable:
+    """The features at a path or S3 address, which must not be of another encoder than the projector's.
+
+    Raises:
+        TinyEmoError: they cannot be read, or they are.
+    """
+    from tinyemo.encoders import encoder_of_card, find_conflict
+    from tinyemo.features import read_features
+
+    if location.startswith("s3://"):
+        from cluster.environment import load_platform_environment
+        from orchestration.stored_features import read_stored_features
+
+        load_platform_environment()
+        table = read_stored_features(location, split or "test")
+    elif split is not None:
+        raise ConfigError("--split goes with a data set in S3, not with a Parquet file")
+    else:
+        table = read_features(Path(location))
+    wanted, given = model.config.encoder, table.encoder
+    conflict = find_conflict(encoder_of_card(model.card), given)
+    if conflict is None and wanted and given is not None and not given.matches(wanted):
+        conflict = f"{given} is not {wanted}"
+    if conflict is not None:
+        raise DataError(f"{location} holds features of another encoder than the projector was trained on: {conflict}")
+    return table
 
 
 def _choose_words(model: MetricProjector, taxonomy: str | None, words: str | None) -> tuple[str, ...]:
@@ -231,6 +262,8 @@ def _cautions(document: dict[str, Any]) -> list[str]:
     cautions = []
     if document["llm_weights"] == "random":
         cautions.append("RANDOM LABEL EMBEDDINGS: llm_weights = random, the language model's own table was not used.")
+    if document["card"].get("encoder_weights") == "random":
+        cautions.append("RANDOM ENCODER: the features are of a network that was never trained.")
     if document["card"].get("data") == "generated" or document["card"].get("generated") is True:
         cautions.append("GENERATED DATA: the projector was not trained on real images.")
     return cautions
