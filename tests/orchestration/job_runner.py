@@ -130,16 +130,16 @@ class Jobs:
         with self.connected():
             return read_curve(f"{RUNS}/{name}/{phase}")
 
-    def state(self, name: str) -> PhaseState | None:
-        """How far a run's first phase is."""
+    def state(self, name: str, phase: str = "select") -> PhaseState | None:
+        """How far a run's phase is."""
         with self.connected():
-            return read_state(f"{RUNS}/{name}/select")
+            return read_state(f"{RUNS}/{name}/{phase}")
 
-    def wait_for_step(self, name: str, step: int, command: RunningCommand) -> int:
+    def wait_for_step(self, name: str, step: int, command: RunningCommand, phase: str = "select") -> int:
         """Until a checkpoint at or after `step` is in S3 while the command runs; its step."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            state = self.state(name)
+            state = self.state(name, phase)
             if state is not None and state.step >= step:
                 assert not state.is_final, "the run was over before the test could disturb it"
                 return state.step
