@@ -22,7 +22,10 @@ from orchestration.instruct_rules import IngestRules, Layout, Reason, RejectedRe
 from orchestration.instruct_validation import Record, check_record, claimed, parse_document, reject
 from orchestration.manifest import RECORD_SCHEMA
 from tinyemo import errors
-from tinyemo.errors import DataError, TinyEmoError
+from tinyemo.errors import DataError, PlatformError, TinyEmoError
+
+MAX_RETRIES = 3
+"""Times a task runs again that lost its worker."""
 
 SHARD_OPTIONS: dict[str, Any] = {
     # JPEG, PNG and WebP do not shrink; the other columns are words.
@@ -290,6 +293,7 @@ def _unpack(row: dict[str, Any]) -> ShardWork:
 def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
     """What the tasks return, one task an item and one CPU a task, in no order; an error of ours in one comes out."""
     import ray.data
+    import ray.exceptions
 
     def guarded(batch: pa.Table) -> pa.Table:
         # Raised, it would reach the driver as Ray Data's own error, without ours inside.
@@ -301,9 +305,18 @@ def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> I
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    results = dataset.map_batches(guarded, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        if "failure" in table.column_names:
-            failure = table.to_pylist()[0]
-            raise getattr(errors, failure["failure"])(failure["message"])
-        yield table
+    # Ray Data's own limit is none: an image that kills its worker would be tried for ever.
+    results = dataset.map_batches(guarded, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
+    try:
+        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if "failure" in table.column_names:
+                failure = table.to_pylist()[0]
+                raise getattr(errors, failure["failure"])(failure["message"])
+            yield table
+    except ray.exceptions.RayTaskError:
+        raise  # a defect of ours, with its traceback
+    except ray.exceptions.RayError as error:
+        raise PlatformError(
+            f"Ray lost a task for good ({type(error).__name__}; {MAX_RETRIES} retries where its worker died): "
+            "see the logs in the Ray dashboard, then run the same command again"
+        ) from error

@@ -106,7 +106,8 @@ class Manifest(_Part):
     version: str
     """The first VERSION_LENGTH digits of `digest`."""
     digest: str
-    """sha256 over layout, kept rows and rejected rows; independent of row order, file names, source and time."""
+    """sha256 over layout, kept rows and rejected rows; independent of file names, source and time. Features come in
+    their own order, whatever that of the input; instruct records keep the input's, so there it counts."""
     created_at: str
     """UTC, ISO 8601."""
     data: Literal["real", "generated"]

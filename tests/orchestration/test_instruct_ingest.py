@@ -21,7 +21,7 @@ import ray
 from broken_records import RULES, Corpus, asked, encode, picture, record, write_corpus
 from PIL import Image
 
-from orchestration import storage
+from orchestration import instruct_tasks, storage
 from orchestration.instruct_ingest import InstructReport, ingest_instruct
 from orchestration.instruct_records import MAX_RECORD_BYTES
 from orchestration.instruct_rules import IngestRules, Layout, Reason
@@ -33,7 +33,7 @@ from orchestration.manifest import (
     read_index,
     verify_manifest,
 )
-from tinyemo.errors import ConfigError, DataError
+from tinyemo.errors import ConfigError, DataError, PlatformError
 from tinyemo.taxonomies import label_id
 
 LAYOUT = Layout(rows_per_group=4, shard_bytes=12_000, records_per_chunk=10)
@@ -425,6 +425,14 @@ def test_a_driver_that_is_killed_leaves_no_version(how: str, corpus: Corpus, clu
         assert left == [], ended.stderr.decode()[-2000:]
     manifest = ingest(corpus, s3_folder).manifest
     assert manifest.rows_kept == len(corpus.kept)
+
+
+def test_a_task_that_kills_its_worker_is_given_up(cluster: str) -> None:
+    def die(batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(PlatformError, match="Ray lost a task for good"):
+        list(instruct_tasks._run([{"number": 1}], die))
 
 
 @pytest.mark.parametrize(
