@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+sys.path.pop(0)  # this folder, whose streaming.py is not MosaicML's package
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from orchestration import storage
