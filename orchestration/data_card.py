@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -14,11 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from orchestration import storage
 from orchestration.instruct_rules import Reason
 from orchestration.manifest import InstructManifest, SplitCounts
+from tinyemo.errors import PlatformError
+
+logger = logging.getLogger(__name__)
 
 CARD = "card.md"
 CONTACT_SHEET = "samples.png"
@@ -42,7 +46,7 @@ MEASURES = {
 def thumbnail(image: bytes) -> bytes:
     """A small JPEG of an image that was checked, at most THUMBNAIL_SIDE pixels a side."""
     with Image.open(io.BytesIO(image)) as picture:
-        small = ImageOps.exif_transpose(picture).convert("RGB")
+        small = picture.convert("RGB")
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
@@ -184,12 +188,18 @@ def has_mlflow() -> bool:
 def show_in_mlflow(manifest: InstructManifest) -> str | None:
     """Put the card of a version in S3 into an MLflow run of kind ingest; its page, None where no server is named.
 
-    Raises:
-        PlatformError: MLflow does not answer or refuses.
-        StorageError: the card cannot be read.
+    The data set is stored by now, so MLflow's failure is a warning.
     """
     if not has_mlflow():
         return None
+    try:
+        return _log_card(manifest)
+    except PlatformError as error:
+        logger.warning("%s is stored, but MLflow does not show it: %s", manifest.uri, error)
+        return None
+
+
+def _log_card(manifest: InstructManifest) -> str:
     from orchestration.tracking import open_run
 
     duplicates = sum(rows for reason, rows in manifest.rejected.reasons.items() if Reason(reason).is_duplicate)

@@ -283,7 +283,7 @@ def _require_enough(job: _Job, staged: Staged, decided: pa.Table, folder: str) -
     limit = job.rules.max_rejected_fraction
     if num_kept and num_rejected <= limit * decided.num_rows:
         repeated = reasons.get(Reason.DUPLICATE_ID, 0)
-        if repeated > 0.1 * decided.num_rows:
+        if job.rules.repeated_id == "reject" and repeated > 0.1 * decided.num_rows:
             logger.warning(
                 "%d of %d records repeat an id; where ids name images, keep them with repeated_id=number",
                 repeated,

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError, DataError
@@ -185,7 +185,7 @@ class Layout(Section):
     """Records of a Parquet row group, the unit of reading; the last one of a shard may be shorter."""
     shard_bytes: PositiveInt = 64 * 2**20
     """A shard ends with the record that reaches this many bytes of images and texts."""
-    records_per_chunk: NonNegativeInt = Field(1000, gt=0, exclude=True)
+    records_per_chunk: PositiveInt = Field(1000, exclude=True)
     """Records that one task checks; no part of what is stored."""
 
 
