@@ -27,9 +27,10 @@ from orchestration.manifest import InstructManifest
 from orchestration.record_sets import RecordSet, read_records
 from orchestration.shards import parquet_bytes
 from orchestration.validation import Rejection
+from tinyemo import errors
 from tinyemo.config import Section
 from tinyemo.encoders import EncoderSpec, parquet_metadata
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, TinyEmoError
 from tinyemo.taxonomies import label_id
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 NOTES = ".parts"
 """Folder, inside a version that is not whole yet, of one JSON note per part that is done."""
+
+
+DONE_SCHEMA = pa.schema(
+    [("part", pa.string()), ("images", pa.int64()), ("failure", pa.string()), ("message", pa.string())]
+)
+"""What an actor says of its work: a part and its images, or the kind of an error of ours and its message."""
 
 
 class PoolConfig(Section):
@@ -76,18 +83,30 @@ class PartEncoder:
     """A Ray Data actor: holds the encoder for as long as it lives."""
 
     def __init__(self, job: FeatureJob, device: str) -> None:
-        import torch
-
-        torch.set_num_threads(job.num_threads)
         self.job = job
-        self.encoder = open_choice(job.choice, job.spec, device)
+        self.device = device
+        self.encoder: VisionEncoder | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns part and images of the parts in the batch, which are stored when this returns."""
+        """DONE_SCHEMA: the parts in the batch, which are stored when this returns, or what one of them failed with."""
         parts = [Part.unpack(row) for row in batch.to_pylist()]
-        for part in parts:
-            encode_part(self.job, self.encoder, part)
-        return pa.table({"part": [part.name for part in parts], "images": [len(part.ids) for part in parts]})
+        # Raised, an error would reach the driver as Ray Data's own, without ours inside; so would one of __init__.
+        try:
+            for part in parts:
+                encode_part(self.job, self._open(), part)
+        except TinyEmoError as error:
+            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}], DONE_SCHEMA)
+        done = [{"part": part.name, "images": len(part.ids)} for part in parts]
+        return pa.Table.from_pylist(done, DONE_SCHEMA)
+
+    def _open(self) -> VisionEncoder:
+        if self.encoder is None:
+            import torch
+
+            torch.set_num_threads(self.job.num_threads)
+            self.encoder = open_choice(self.job.choice, self.job.spec, self.device)
+        return self.encoder
 
 
 @dataclass(frozen=True)

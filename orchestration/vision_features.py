@@ -43,11 +43,15 @@ from orchestration.manifest import (
 from orchestration.shards import parquet_bytes, rejected_table
 from orchestration.validation import Rejection
 from orchestration.versions import Advance, check_destination, existing_version, open_uploads, point_latest_at, publish
+from tinyemo import errors
 from tinyemo.encoders import EncoderSpec
-from tinyemo.errors import ConfigError, DataError
+from tinyemo.errors import ConfigError, DataError, PlatformError
 from tinyemo.taxonomies import label_id
 
 logger = logging.getLogger(__name__)
+
+MAX_RETRIES = 3
+"""Restarts of an actor, and tries of a part, where a worker dies."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,7 @@ def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tupl
 def _run_pool(job: FeatureJob, parts: list[Part], num_actors: int, num_gpus: float) -> Iterator[int]:
     """Images of a part, as parts get done, in no order; an error of ours in an actor comes out."""
     import ray.data
-
-    from orchestration.fit import find_cause
+    import ray.exceptions
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items([part.pack() for part in parts], override_num_blocks=len(parts))
@@ -175,15 +178,23 @@ def _run_pool(job: FeatureJob, parts: list[Part], num_actors: int, num_gpus: flo
         compute=ray.data.ActorPoolStrategy(size=num_actors),
         num_cpus=job.pool.cpus_per_actor,
         num_gpus=num_gpus,
+        # Ray Data's own limits are none: an image that kills its actor would be tried for ever.
+        max_restarts=MAX_RETRIES,
+        max_task_retries=MAX_RETRIES,
     )
     try:
         for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from table["images"].to_pylist()
-    except Exception as error:
-        cause = find_cause([error])
-        if cause is None:
-            raise
-        raise cause from error
+            for row in table.to_pylist():
+                if row["failure"] is not None:
+                    raise getattr(errors, row["failure"])(row["message"])
+                yield row["images"]
+    except ray.exceptions.RayTaskError:
+        raise  # a defect of ours, with its traceback
+    except ray.exceptions.RayError as error:
+        raise PlatformError(
+            f"Ray lost an actor for good ({type(error).__name__}; {MAX_RETRIES} restarts): see the logs in the Ray "
+            "dashboard, then run the same command again, which goes on from the parts that are done"
+        ) from error
 
 
 def _gpus_per_actor(pool: PoolConfig, resources: dict[str, float]) -> float:
