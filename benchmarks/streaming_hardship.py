@@ -1,0 +1,236 @@
+"""What the stream does when workers die, beside a training step, and with a million rows."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.streaming_data import FEATURE_WIDTH, ingest_oasis_copies, write_feature_rows, write_small_images
+
+NUM_KILLS = 20
+RESUME_EPOCHS = 12
+NUM_FEATURE_ROWS = 1_000_000
+NUM_IMAGES = 50_000
+
+
+def measure_resume() -> dict[str, Any]:
+    """Kill every worker NUM_KILLS times, each time after the next checkpoint and a random while; then the ledger."""
+    from cluster.state import load_state, resolve_folder
+    from orchestration import storage
+    from orchestration.fit import read_state
+    from orchestration.ledger import check_ledger, read_ledger
+    from orchestration.recipe import load_recipe
+    from orchestration.stream_job import prepare_records
+
+    settings = ingest_oasis_copies()
+    state = load_state(resolve_folder(None))
+    assert state is not None
+    rng, name = random.Random(0), f"bench-resume-{int(time.time())}"
+    overrides = [
+        f"name={name}",
+        f'records.datasets=["{settings["dataset"]}"]',
+        'records.tokenizer=""',
+        "records.image_size=32",
+        "records.shuffle_pool_rows=1440",
+        "train.global_batch_size=24",
+        f"train.num_epochs={RESUME_EPOCHS}",
+        "checkpoint.every_steps=7",
+        "workers.max_failures=0",
+    ]
+    killed_at = []
+    while True:
+        num_workers = len(killed_at) % 3 + 1
+        recipe = load_recipe("emotion6", [*overrides, f"workers.num_workers={num_workers}"])
+        folder = f"{recipe.checkpoint.root}/{name}"
+        arguments = [f"--set={text}" for text in [*overrides, f"workers.num_workers={num_workers}"]]
+        command = [str(Path(sys.executable).parent / "tinyemo"), "stream", "emotion6", "--ledger", *arguments]
+        start = state_step(folder)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if len(killed_at) < NUM_KILLS:
+            while process.poll() is None and state_step(folder) == start:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 0.5))
+            for worker in psutil.Process(state.processes["ray"].pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):
+                        worker.kill()
+        _, errors = process.communicate()
+        reached = read_state(f"{folder}/read")
+        print(f"{num_workers} workers: step {state_step(folder)}, exit code {process.returncode}", flush=True)
+        if reached is not None and reached.is_final:
+            break
+        if process.returncode not in (0, 2):
+            raise RuntimeError(errors.decode()[-500:])
+        killed_at.append(state_step(folder))
+    plan = prepare_records(recipe)
+    check = check_ledger(read_ledger(folder), plan, plan.num_steps)
+    return {
+        "resume": {
+            "num_kills": len(killed_at),
+            "last_checkpoint_before_each_kill": killed_at,
+            "num_workers_in_turn": [1, 2, 3],
+            "num_epochs": RESUME_EPOCHS,
+            "ledger": {**asdict(check), "is_exact": check.is_exact},
+            "ledger_files": len(storage.list_prefix(f"{folder}/ledger/")),
+        }
+    }
+
+
+def state_step(folder: str) -> int:
+    """Steps in the newest checkpoint of a reading."""
+    from orchestration.fit import read_state
+
+    state = read_state(f"{folder}/read")
+    return 0 if state is None else state.step
+
+
+def language_model_loop(config: dict[str, Any]) -> None:
+    """Train a randomly initialised 135M language model on the stream's texts; reports the share spent waiting."""
+    import ray.train
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from orchestration.ordered_stream import Waits
+    from orchestration.record_stream import IMAGE_TOKEN_ID, open_record_stream
+
+    job = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    shape = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                        num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True)  # fmt: skip
+    model = torch.nn.parallel.DistributedDataParallel(LlamaForCausalLM(shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    stream = Waits(open_record_stream(ray.train.get_dataset_shard("samples"), job.plan, rank=rank, start_step=0))
+    started_at = 0.0
+    for batch in stream:
+        started_at = started_at or time.perf_counter()
+        ids = torch.where(batch.input_ids == IMAGE_TOKEN_ID, 0, batch.input_ids)
+        loss = model(input_ids=ids, attention_mask=batch.attention_mask.long(), labels=batch.labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step = batch.step + 1
+    seconds = time.perf_counter() - started_at
+    figures = {"wait_share": stream.take_share(), "step_s": seconds / step, "first_batch_s": stream.first_s}
+    ray.train.report({"step": step, "is_final": True, **figures}, checkpoint=empty_checkpoint(rank))
+
+
+def empty_checkpoint(rank: int) -> Any:
+    """What a report needs to be complete."""
+    import ray.train
+
+    folder = Path(tempfile.mkdtemp())
+    (folder / "empty").touch()
+    return ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+
+
+def measure_wait() -> dict[str, Any]:
+    """Share of the time between first and last step that rank 0 waited for a batch."""
+    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.recipe import load_recipe
+    from orchestration.stream_job import prepare_records
+    from orchestration.stream_loop import StreamJob
+    from orchestration.train import train
+
+    settings = ingest_oasis_copies()
+    projector = load_recipe("emotion6", [f"name=bench-wait-{int(time.time())}", "experiment=benchmarks"])
+    train(projector)
+    curve = read_curve(f"{projector.checkpoint.root}/{projector.name}/select")
+    shares = [point["train/wait_share"] for _, point in curve if "train/wait_share" in point]
+    overrides = [
+        f"name=bench-wait-lm-{int(time.time())}",
+        f'records.datasets=["{settings["dataset"]}"]',
+        "train.global_batch_size=8",
+        "train.num_epochs=0.008",
+        "records.max_length=128",
+    ]
+    recipe = load_recipe("emotion6", overrides)
+    connect()
+    folder = f"{recipe.checkpoint.root}/{recipe.name}"
+    job = StreamJob(recipe, prepare_records(recipe), folder, has_ledger=False)
+    final = run_phase(job, language_model_loop, ReportCallback(f"{folder}/wait", None))
+    return {
+        "wait_share": {
+            "projector, batch 32, by epoch": [round(share, 4) for share in shares],
+            "135M language model, random weights, batch 8, images at 224 px": final.metrics["wait_share"],
+            "seconds of a step of the 135M model": final.metrics["step_s"],
+            "steps of the 135M model": final.step,
+        }
+    }
+
+
+def run_watched(*arguments: str) -> dict[str, Any]:
+    """A command of ours with its peak RSS and that of Ray's object store, MiB, and whether Ray spilled."""
+    import ray
+
+    from cluster.state import load_state, resolve_folder
+    from orchestration.fit import connect
+
+    connect()
+    state = load_state(resolve_folder(None))
+    assert state is not None
+    started_at = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:
+        command = [str(Path(sys.executable).parent / "tinyemo"), *arguments]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        driver, peak, store, has_spilled = psutil.Process(process.pid), 0.0, 0.0, False
+        while process.poll() is None:
+            with suppress(psutil.Error):
+                peak = max(peak, driver.memory_info().rss / 2**20)
+            total = ray.cluster_resources().get("object_store_memory", 0.0)
+            free = ray.available_resources().get("object_store_memory", total)
+            store = max(store, (total - free) / 2**20)
+            session = state.ray_folder / "session_latest"
+            has_spilled |= any(path.is_file() for path in session.glob("ray_spilled_objects*/**/*"))
+            time.sleep(0.5)
+        log.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}: {log.read()[-1500:]}")
+    figures = {
+        "seconds": round(time.perf_counter() - started_at, 1),
+        "driver_peak_rss_mib": round(peak),
+        "object_store_peak_mib": round(store),
+        "object_store_limit_mib": round(total / 2**20),
+        "has_spilled": has_spilled,
+    }
+    print(arguments[0], arguments[1], figures, flush=True)
+    return figures
+
+
+def measure_scale() -> dict[str, Any]:
+    """Ingest and one epoch of many small things."""
+    stamp = int(time.time())
+    root = f"s3://{os.environ['TINYEMO_BUCKET']}/datasets"
+    found: dict[str, Any] = {"num_feature_rows": NUM_FEATURE_ROWS, "num_images": NUM_IMAGES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "features").mkdir()
+        write_feature_rows(folder / "features" / "train.parquet", NUM_FEATURE_ROWS - 10_000, seed=1)
+        write_feature_rows(folder / "features" / "test.parquet", 10_000, seed=2)
+        found["ingest of feature rows"] = run_watched(
+            "ingest", "features", str(folder / "features"), "--name", "bench-rows", "--rows-per-shard", "16384"
+        )  # fmt: skip
+        records = write_small_images(folder, NUM_IMAGES)
+        found["ingest of images"] = run_watched(
+            "ingest", "instruct", "--records", str(records), "--images", str(folder / "images"), "--name",
+            "bench-images", "--split", "train",
+        )  # fmt: skip
+    settings = [f"name=bench-rows-{stamp}", f"data.dataset={root}/bench-rows", "experiment=benchmarks",
+                f"projector.encoder_width={FEATURE_WIDTH}", "train.num_epochs=1", "train.global_batch_size=512",
+                "data.validation_fraction=0.01"]  # fmt: skip
+    found["one epoch of feature rows"] = run_watched("train", "emotion6", *(f"--set={text}" for text in settings))
+    settings = [f"name=bench-images-{stamp}", f'records.datasets=["{root}/bench-images"]', "records.image_size=48",
+                'records.tokenizer=""', "train.global_batch_size=128", "train.num_epochs=1"]  # fmt: skip
+    found["one epoch of images"] = run_watched(
+        "stream", "emotion6", "--ledger", *(f"--set={text}" for text in settings)
+    )  # fmt: skip
+    return {"scale": found}
