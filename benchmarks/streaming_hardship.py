@@ -135,6 +135,8 @@ def empty_checkpoint(rank: int) -> Any:
 
 def measure_wait() -> dict[str, Any]:
     """Share of the time between first and last step that rank 0 waited for a batch."""
+    import ray.cloudpickle
+
     from orchestration.fit import ReportCallback, connect, read_curve, run_phase
     from orchestration.recipe import load_recipe
     from orchestration.stream_job import prepare_records
@@ -155,6 +157,7 @@ def measure_wait() -> dict[str, Any]:
     ]
     recipe = load_recipe("emotion6", overrides)
     connect()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not know this folder
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
     job = StreamJob(recipe, prepare_records(recipe), folder, has_ledger=False)
     final = run_phase(job, language_model_loop, ReportCallback(f"{folder}/wait", None))
