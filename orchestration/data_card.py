@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +96,20 @@ def write_card(
     rejected = sum(reasons.values()) - duplicates
     num_in = kept.num_rows + rejected + duplicates
     num_images = pc.count_distinct(kept["image_sha256"]).as_py()
-    labels = sorted({label for counts in splits.values() for label in counts.labels})
-    lines = [f"# {name}", ""]
-    if data == "generated":
-        lines += ["**Generated data: figures from them mean nothing.**", ""]
-    lines += [
+    lines = [
+        f"# {name}",
+        "",
+        *(["**Generated data: figures from them mean nothing.**", ""] if data == "generated" else []),
         f"Records in {num_in} = kept {kept.num_rows} + rejected {rejected} + duplicates {duplicates}; "
         f"{num_images} images.",
         "",
         "## Records by split and task",
         "",
-        *_table(
-            ["split", *_names(tasks.values()), "all"],
-            [
-                [split, *(tasks[split].get(task, 0) for task in _names(tasks.values())), counts.rows]
-                for split, counts in splits.items()
-            ],
-        ),
+        *_task_table(splits, tasks),
         "",
         "## Records by label",
         "",
-        *_table(
-            ["label", *splits],
-            [[label, *(counts.labels.get(label, 0) for counts in splits.values())] for label in labels]
-            + [["(none)", *(counts.rows - sum(counts.labels.values()) for counts in splits.values())]],
-        ),
+        *_label_table(splits),
         "",
         "## Not kept",
         "",
@@ -138,16 +127,23 @@ def write_card(
         "",
         "## Source and rules",
         "",
-        "```json",
-        json.dumps({"source": source, "rules": rules}, indent=1, sort_keys=True),
-        "```",
+        f"```json\n{json.dumps({'source': source, 'rules': rules}, indent=1, sort_keys=True)}\n```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _names(counts: Iterable[dict[str, int]]) -> list[str]:
-    return sorted({name for row in counts for name in row})
+def _task_table(splits: dict[str, SplitCounts], tasks: dict[str, dict[str, int]]) -> list[str]:
+    names = sorted({task for counts in tasks.values() for task in counts})
+    rows = [[split, *(tasks[split].get(task, 0) for task in names), splits[split].rows] for split in splits]
+    return _table(["split", *names, "all"], rows)
+
+
+def _label_table(splits: dict[str, SplitCounts]) -> list[str]:
+    labels = sorted({label for counts in splits.values() for label in counts.labels})
+    rows = [[label, *(counts.labels.get(label, 0) for counts in splits.values())] for label in labels]
+    rows.append(["(none)", *(counts.rows - sum(counts.labels.values()) for counts in splits.values())])
+    return _table(["label", *splits], rows)
 
 
 def _quantiles(kept: pa.Table) -> list[list[Any]]:

@@ -158,12 +158,7 @@ def ingest_instruct(
         StorageError, PlatformError: S3, Ray or MLflow fails; the former version stays the latest.
     """
     started = time.monotonic()
-    extra_rules = extra_rules or {}
-    taken = extra_rules.keys() & IngestRules.model_fields.keys()
-    if taken:
-        raise ConfigError(f"extra_rules has {', '.join(sorted(taken))}, which are rules of the ingest themselves")
-    if split is not None and not SPLIT_NAME.fullmatch(split):
-        raise ConfigError(f"split is {split!r}: use letters, digits, underscores, dots and dashes")
+    _check_arguments(split, extra_rules or {})
     check_destination(name, root)
     records, images = _absolute(records), _absolute(images)
     require_root(images)
@@ -173,7 +168,7 @@ def ingest_instruct(
         staged = stage_records(records, staging, records_per_chunk=layout.records_per_chunk, advance=advance)
         file = records if records.startswith("s3://") else Path(records).name
         description = {"kind": "records", "name": file, **(source or {}), "files": {file: staged.sha256}}
-        job = _Job(name, root, layout, rules, extra_rules, data, description)
+        job = _Job(name, root, layout, rules, extra_rules or {}, data, description)
         origin = Source(staged, images, rules)
         decided = decide(_check(origin, advance), rules, split)
         manifest, is_unchanged = _store(job, origin, decided, is_forced, advance)
@@ -182,9 +177,17 @@ def ingest_instruct(
         return InstructReport(manifest, True, 0, 0, time.monotonic() - started)
     publish(manifest)
     url = show_in_mlflow(manifest)
-    files = list(manifest.files())
-    num_bytes = sum(file.num_bytes for file in files)
-    return InstructReport(manifest, False, len(files), num_bytes, time.monotonic() - started, url)
+    sizes = [file.num_bytes for file in manifest.files()]
+    return InstructReport(manifest, False, len(sizes), sum(sizes), time.monotonic() - started, url)
+
+
+def _check_arguments(split: str | None, extra_rules: dict[str, Any]) -> None:
+    """ConfigError where a split cannot name a file, or where further rules hide the ingest's own."""
+    if split is not None and not SPLIT_NAME.fullmatch(split):
+        raise ConfigError(f"split is {split!r}: use letters, digits, underscores, dots and dashes")
+    taken = extra_rules.keys() & IngestRules.model_fields.keys()
+    if taken:
+        raise ConfigError(f"extra_rules has {', '.join(sorted(taken))}, which are rules of the ingest themselves")
 
 
 def _absolute(path: str | Path) -> str:
