@@ -94,13 +94,12 @@ def write_card(
     """
     duplicates = sum(count for reason, count in reasons.items() if Reason(reason).is_duplicate)
     rejected = sum(reasons.values()) - duplicates
-    num_in = kept.num_rows + rejected + duplicates
     num_images = pc.count_distinct(kept["image_sha256"]).as_py()
     lines = [
         f"# {name}",
         "",
         *(["**Generated data: figures from them mean nothing.**", ""] if data == "generated" else []),
-        f"Records in {num_in} = kept {kept.num_rows} + rejected {rejected} + duplicates {duplicates}; "
+        f"Records in {kept.num_rows + sum(reasons.values())} = kept {kept.num_rows} + rejected {rejected} + duplicates {duplicates}; "
         f"{num_images} images.",
         "",
         "## Records by split and task",
