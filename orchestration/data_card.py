@@ -99,8 +99,8 @@ def write_card(
         f"# {name}",
         "",
         *(["**Generated data: figures from them mean nothing.**", ""] if data == "generated" else []),
-        f"Records in {kept.num_rows + sum(reasons.values())} = kept {kept.num_rows} + rejected {rejected} + duplicates {duplicates}; "
-        f"{num_images} images.",
+        f"Records in {kept.num_rows + sum(reasons.values())} = kept {kept.num_rows} + rejected {rejected} "
+        f"+ duplicates {duplicates}; {num_images} images.",
         "",
         "## Records by split and task",
         "",
