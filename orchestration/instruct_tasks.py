@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from orchestration.instruct_records import RawRecord, Staged, read_chunk
 from orchestration.instruct_rules import IngestRules, Layout, Reason, RejectedRecordError
 from orchestration.instruct_validation import Record, check_record, claimed, parse_document, reject
 from orchestration.manifest import RECORD_SCHEMA
+from orchestration.ordered_stream import quiet_ray_data
 from tinyemo import errors
 from tinyemo.errors import DataError, PlatformError, TinyEmoError
 
@@ -303,10 +305,15 @@ def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> I
             kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
             return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}])
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    # Ray Data's own limit is none: an image that kills its worker would be tried for ever.
-    results = dataset.map_batches(guarded, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
+    with warnings.catch_warnings():
+        # Ray Data's own limit is none: an image that kills its worker would be tried for ever. 2.60 calls this way of
+        # setting it deprecated and has no other yet.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        results = dataset.map_batches(
+            guarded, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
+        )  # fmt: skip
     try:
         for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             if "failure" in table.column_names:

@@ -8,6 +8,7 @@ silently different run.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -42,6 +43,15 @@ def ordered_dataset(items: list[Row], read: Callable[[Row], Iterator[Row]], *, n
     return dataset.map_batches(run, batch_size=1, batch_format="pyarrow", num_cpus=0, compute=readers)
 
 
+def quiet_ray_data() -> None:
+    """Ray Data's own bars and log lines off in this process: our commands show their progress themselves."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
 def configure_ray_data() -> Any:
     """Set Ray Data of this process to hand out blocks in order, a row each; the DataConfig for the trainer."""
     import ray.data
@@ -51,7 +61,7 @@ def configure_ray_data() -> Any:
     context.execution_options.preserve_order = True
     # A block is closed as soon as it holds a row: each carries one rank's part of one item.
     context.target_max_block_size = 1
-    context.enable_progress_bars = False
+    quiet_ray_data()
     options = ray.data.ExecutionOptions(preserve_order=True)
     return ray.train.DataConfig(execution_options=options)
 

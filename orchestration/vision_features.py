@@ -40,6 +40,7 @@ from orchestration.manifest import (
     id_hash,
     load_manifest,
 )
+from orchestration.ordered_stream import quiet_ray_data
 from orchestration.shards import parquet_bytes, rejected_table
 from orchestration.validation import Rejection
 from orchestration.versions import Advance, check_destination, existing_version, open_uploads, point_latest_at, publish
@@ -168,7 +169,7 @@ def _run_pool(job: FeatureJob, parts: list[Part], num_actors: int, num_gpus: flo
     import ray.data
     import ray.exceptions
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
     dataset = ray.data.from_items([part.pack() for part in parts], override_num_blocks=len(parts))
     encoded = dataset.map_batches(
         PartEncoder,
