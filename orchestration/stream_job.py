@@ -6,6 +6,7 @@ It answers what a GPU hour should not have to: does the data flow fast enough, a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from orchestration.stream_loop import StreamJob, stream_loop_per_worker
 from tinyemo.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all) at each new checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def prepare_records(recipe: Recipe) -> RecordPlan:
     )
 
 
-def read_stream(recipe: Recipe, *, has_ledger: bool = False) -> StreamResult:
+def read_stream(recipe: Recipe, *, has_ledger: bool = False, on_step: OnStep | None = None) -> StreamResult:
     """Read every step of a recipe, from where an earlier call of the same name left it, at any number of workers.
 
     Raises:
@@ -83,7 +87,8 @@ def read_stream(recipe: Recipe, *, has_ledger: bool = False) -> StreamResult:
         return StreamResult(**storage.read_json(f"{folder}/result.json"))
     connect()
     job = StreamJob(recipe, plan, folder, has_ledger)
-    final = run_phase(job, stream_loop_per_worker, ReportCallback(f"{folder}/read", None))
+    watch = (lambda state: on_step(state.step, plan.num_steps)) if on_step else None
+    final = run_phase(job, stream_loop_per_worker, ReportCallback(f"{folder}/read", None), on_report=watch)
     check = check_ledger(read_ledger(folder), plan, plan.num_steps) if has_ledger else None
     result = StreamResult(
         name=recipe.name,

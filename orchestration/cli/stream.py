@@ -47,7 +47,11 @@ def stream(
             f"read in {len(plan.windows(0))} windows by {plan.config.num_readers} readers for {plan.world_size} workers"
         )
         return
-    result = read_stream(recipe, has_ledger=has_ledger)
+
+    def show(step: int, num_steps: int) -> None:
+        typer.echo(f"step {step} of {num_steps}", err=True)
+
+    result = read_stream(recipe, has_ledger=has_ledger, on_step=show)
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
     else:
