@@ -15,6 +15,7 @@ import json
 import logging
 import secrets
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,18 +172,21 @@ def _run_pool(job: FeatureJob, parts: list[Part], num_actors: int, num_gpus: flo
 
     quiet_ray_data()
     dataset = ray.data.from_items([part.pack() for part in parts], override_num_blocks=len(parts))
-    encoded = dataset.map_batches(
-        PartEncoder,
-        fn_constructor_args=(job, "cuda" if num_gpus else "cpu"),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=job.pool.cpus_per_actor,
-        num_gpus=num_gpus,
-        # Ray Data's own limits are none: an image that kills its actor would be tried for ever.
-        max_restarts=MAX_RETRIES,
-        max_task_retries=MAX_RETRIES,
-    )
+    with warnings.catch_warnings():
+        # Ray Data's own limits are none: an image that kills its actor would be tried for ever. 2.60 calls this way of
+        # setting them deprecated and has no other yet.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        encoded = dataset.map_batches(
+            PartEncoder,
+            fn_constructor_args=(job, "cuda" if num_gpus else "cpu"),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=job.pool.cpus_per_actor,
+            num_gpus=num_gpus,
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+        )
     try:
         for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in table.to_pylist():

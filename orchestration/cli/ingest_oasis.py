@@ -68,5 +68,8 @@ def _make_rules(**values: Any) -> OasisRules:
     try:
         return OasisRules(**values)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc'])} {item['msg']}".strip() for item in error.errors()]
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'])} {item['msg'].removeprefix('Value error, ')}".strip()
+            for item in error.errors()
+        ]
         raise ConfigError(f"the rules of OASIS cannot be used: {'; '.join(lines)}") from error
