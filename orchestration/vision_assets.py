@@ -122,7 +122,12 @@ def read_public_norms(path: Path) -> dict[str, dict[str, str]]:
 
 def _describe_oasis(folder: Path, revision: str) -> dict[str, Any]:
     count = sum(1 for _ in (folder / OASIS_IMAGES).iterdir())
-    return {"revision": revision, "rows": {"photographs": count}, "content_sha256": content_sha256(folder)}
+    return {
+        "revision": revision,
+        "rows": {"photographs": count},
+        "public_rows": {"photographs": OASIS_PUBLIC_ROWS},
+        "content_sha256": content_sha256(folder),
+    }
 
 
 def efficientnet_from_mirror(folder: Path) -> dict[str, Any]:
