@@ -59,7 +59,7 @@ def measure_resume() -> dict[str, Any]:
         if len(killed_at) < NUM_KILLS:
             while process.poll() is None and state_step(folder) == start:
                 time.sleep(0.05)
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 6))
             for worker in psutil.Process(state.processes["ray"].pid).children(recursive=True):
                 with suppress(psutil.Error):
                     if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):
