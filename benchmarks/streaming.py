@@ -5,7 +5,8 @@ Needs the platform (`tinyemo platform up`). Peers live apart, never in the proje
 then TINYEMO_PEERS=PEERS. One that is not there is named as missing.
 
 speed: OASIS photographs, each under several ids, in the same local S3 server as Parquet (ours and torch's DataLoader),
-MDS and tar; two decoding processes each, same decoder, same batch, rounds interleaved, medians. Ours in exact order.
+MDS and tar; two decoding processes each, same decoder, same batch, one epoch, rounds interleaved, medians. Ours in exact
+order. Every rate is of the second half, when what was read ahead is used up.
 resume: workers killed 20 times at random moments, gone on with 1, 2 or 3 of them in turn; what the ledger shows.
 wait: the share of a training step that waits for its batch, for the projector and for a 135M language model.
 scale: 1,000,000 generated feature rows, 50,000 small images, ingest and one epoch: memory of driver and object store.

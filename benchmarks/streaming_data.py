@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-COPIES = 16
+COPIES = 48
 BATCH = 64
 RECORDS_PER_FILE = 1024
 FEATURE_WIDTH = 512

@@ -143,13 +143,14 @@ class EpochPlan:
         size = self.global_batch_size
         return self.refs(window.epoch, window.first * size, window.last * size)
 
-    def windows(self, start_step: int, num_steps: int) -> list[Window]:
+    def windows(self, start_step: int, num_steps: int, window_rows: int | None = None) -> list[Window]:
         """The windows of the run's steps [start_step, num_steps), counted over epochs, cut where a fresh run cuts them.
 
-        A window is a pool where the batch divides it; else its steps touch the pool beside it as well.
+        A window is a pool where the batch divides it; else its steps touch the pool beside it as well. With fewer
+        `window_rows` a pool is read in parts, each of which touches most of its row groups.
         """
         found = []
-        per_window = max(1, self.pool_rows // self.global_batch_size)
+        per_window = max(1, min(self.pool_rows, window_rows or self.pool_rows) // self.global_batch_size)
         per_epoch = self.steps_per_epoch
         for epoch in range(start_step // per_epoch if per_epoch else 0, -(-num_steps // per_epoch) if per_epoch else 0):
             first = max(0, start_step - epoch * per_epoch)

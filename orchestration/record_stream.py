@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,8 @@ IMAGE_TOKEN_ID = -200
 PAD_TOKEN_ID = 0
 """Behind the end of a shorter sequence; masked."""
 BATCHES_AHEAD = 2
+WINDOW_BYTES = 96 * 2**20
+"""A window at most: a few of them, one a reader and those on their way, lie in the object store at the same time."""
 
 
 class RecordsConfig(Section):
@@ -85,7 +87,16 @@ class RecordPlan:
 
     def windows(self, start_step: int) -> list[Window]:
         """What is read from a step on."""
-        return self.steps.windows(start_step, self.num_steps)
+        return self.steps.windows(start_step, self.num_steps, self.window_rows)
+
+    @cached_property
+    def window_rows(self) -> int:
+        """As many records as WINDOW_BYTES hold in the form in which they travel; more would fill the object store."""
+        if self.config.decode == "reader":
+            return max(1, WINDOW_BYTES // (3 * self.config.image_size**2))
+        shards = [shard for part in self.sets for shard in part.shards]
+        mean_bytes = sum(shard.num_bytes for shard in shards) / sum(shard.rows for shard in shards)
+        return max(1, int(WINDOW_BYTES / mean_bytes))
 
     def refs(self, window: Window, rank: int) -> Refs:
         """The records that `rank` gets of a window, step after step."""

@@ -33,7 +33,7 @@ class StreamResult:
     Attributes:
         num_steps: over all epochs.
         num_samples: records that the last attempt handed out.
-        samples_per_s: over all ranks, from the first batch on, of the last attempt.
+        samples_per_s: over all ranks and the second half of the last attempt's steps.
         first_batch_s: seconds from opening the stream to the first batch.
         shuffle: see `orchestration.epoch_plan.ShuffleQuality`.
         ledger: what the ledger shows, None without one.

@@ -53,12 +53,13 @@ def stream_loop_per_worker(config: dict[str, Any]) -> None:
     ledger = Ledger(job.folder, attempt=context.get_experiment_name(), rank=rank)
     samples = ray.train.get_dataset_shard("samples")
     stream = Waits(open_record_stream(samples, job.plan, rank=rank, start_step=job.start_step))
-    started_at = time.perf_counter()
-    step = job.start_step
+    # What was read ahead while the workers came up would flatter the rate: the second half of the steps is timed.
+    half = (job.start_step + job.plan.num_steps) // 2
+    half_at, step = time.perf_counter(), job.start_step
 
     for batch in stream:
-        if step == job.start_step:
-            started_at = time.perf_counter()  # the rate is of what flows once it flows
+        if step == half:
+            half_at = time.perf_counter()
         step = batch.step + 1
         if job.has_ledger:
             ledger.add(batch.epoch, batch.step, batch.ids)
@@ -67,12 +68,11 @@ def stream_loop_per_worker(config: dict[str, Any]) -> None:
             ledger.flush()
             _report(job, rank, {"step": step, "is_final": False})
     ledger.flush()
-    seconds = time.perf_counter() - started_at
-    num_samples = (step - job.start_step) * job.plan.steps.global_batch_size
+    size = job.plan.steps.global_batch_size
     figures = {
         "first_batch_s": stream.first_s,
-        "samples_per_s": num_samples / seconds,
-        "num_samples": num_samples,
+        "samples_per_s": (step - half) * size / (time.perf_counter() - half_at),
+        "num_samples": (step - job.start_step) * size,
     }
     _report(job, rank, {"step": step, "is_final": True, **figures})
 

@@ -65,6 +65,16 @@ def test_any_step_can_be_the_start(seed: int, num_rows: int, start: int, tail: s
     assert all(0 <= w.first < w.last <= steps.steps_per_epoch for w in windows)
 
 
+def test_smaller_windows_hold_the_same_steps() -> None:
+    """Windows are a matter of reading; the order does not know them."""
+    steps = plan(5, 300)
+    whole, parts = steps.windows(3, 50), steps.windows(3, 50, window_rows=20)
+    assert {w.last - w.first for w in parts} <= {1, 2}
+    for windows in (whole, parts):
+        assert [(w.epoch, s) for w in windows for s in range(w.first, w.last)] == [divmod(s, 37) for s in range(3, 50)]
+    assert len(parts) > 3 * len(whole)
+
+
 @settings(deadline=None, max_examples=40)
 @given(seed=seeds, num_rows=st.integers(1, 60), batch=st.integers(1, 16))
 def test_the_tail_is_dropped_or_padded_with_masked_records(seed: int, num_rows: int, batch: int) -> None:

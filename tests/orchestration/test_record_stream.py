@@ -162,6 +162,15 @@ def test_a_conversation_is_cut_and_only_answers_are_learned() -> None:
     assert encoded.labels == [IGNORED] * 4 + [*map(ord, "cd"), 1] + [IGNORED] * 3 + [ord("g")]
 
 
+def test_a_window_of_decoded_images_fits_into_the_object_store(dataset: str) -> None:
+    """4,096 pictures of 224 pixels are 617 MB decoded; drawn ones are 200 bytes as files."""
+    decoded = make_plan(dataset, decode="reader", image_size=224)
+    assert decoded.window_rows * 3 * 224 * 224 <= 96 * 2**20 < (decoded.window_rows + 1) * 3 * 224 * 224
+    assert make_plan(dataset).window_rows > 100_000
+    small = make_plan(dataset, decode="reader", image_size=1200, epochs=1)
+    assert {window.last - window.first for window in small.windows(0)} == {1}
+
+
 def test_a_mix_reads_both_data_sets(dataset: str, s3_root: str) -> None:
     write_records(s3_root, [record(number, "q") for number in range(40)], name="fine", rows_per_shard=16)
     plan = make_plan(dataset, f"{s3_root}/fine", weights=(1.0, 1.0), epochs=1)
