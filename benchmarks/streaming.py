@@ -5,9 +5,9 @@ Needs the platform (`tinyemo platform up`). Peers live apart, never in the proje
 then TINYEMO_PEERS=PEERS. One that is not there is named as missing.
 
 speed: OASIS photographs, each under several ids, in the same local S3 server as Parquet (ours and torch's DataLoader),
-MDS and tar; two decoding processes each, same decoder, same batch, rounds interleaved, medians. Ours in exact order, over
-4 epochs, since Ray Data reads far ahead; every rate is of a run's second half. Ours may find some row groups of an earlier
-epoch in its readers' caches (128 MiB each).
+MDS and tar; two decoding processes each, same decoder, same batch, rounds interleaved, medians. Ours in exact order,
+over 4 epochs, since Ray Data reads far ahead; every rate is of a run's second half. Ours may find some row groups of an
+earlier epoch in its readers' caches (128 MiB each).
 resume: workers killed 20 times at random moments, gone on with 1, 2 or 3 of them in turn; what the ledger shows.
 wait: the share of a training step that waits for its batch, for the projector and for a 135M language model.
 scale: 1,000,000 generated feature rows, 50,000 small images, ingest and one epoch: memory of driver and object store.
