@@ -58,7 +58,6 @@ def run_ours(settings: dict[str, Any], decode: str, number: int) -> dict[str, fl
         f"records.decode={decode}",
         'records.tokenizer=""',
         f"train.global_batch_size={2 * settings['batch']}",
-        "records.shuffle_pool_rows=1024",
         f"train.num_epochs={OUR_EPOCHS}",
     ]
     started_at = time.perf_counter()
