@@ -18,7 +18,7 @@ import psutil
 from benchmarks.streaming_data import FEATURE_WIDTH, ingest_oasis_copies, write_feature_rows, write_small_images
 
 NUM_KILLS = 20
-RESUME_EPOCHS = 12
+RESUME_EPOCHS = 3
 NUM_FEATURE_ROWS = 1_000_000
 NUM_IMAGES = 50_000
 
@@ -44,7 +44,7 @@ def measure_resume() -> dict[str, Any]:
         "records.shuffle_pool_rows=1440",
         "train.global_batch_size=24",
         f"train.num_epochs={RESUME_EPOCHS}",
-        "checkpoint.every_steps=7",
+        "checkpoint.every_steps=25",
         "workers.max_failures=0",
     ]
     killed_at = []
@@ -59,7 +59,7 @@ def measure_resume() -> dict[str, Any]:
         if len(killed_at) < NUM_KILLS:
             while process.poll() is None and state_step(folder) == start:
                 time.sleep(0.05)
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, 4))
             for worker in psutil.Process(state.processes["ray"].pid).children(recursive=True):
                 with suppress(psutil.Error):
                     if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):

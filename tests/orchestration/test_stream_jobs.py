@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ shuffle_pool_rows = 240
 tokenizer = ""
 [train]
 global_batch_size = 12
-num_epochs = 12
+num_epochs = 5
 [checkpoint]
-every_steps = 20
+every_steps = 25
 """
 
 
@@ -60,14 +61,14 @@ def test_a_killed_stream_goes_on_with_other_workers_and_loses_nothing(
     command = jobs.start("stream", recipe, "--ledger")
     step = jobs.wait_for_step("drawn-stream", 1, command, "read")
     jobs.train_workers()[0].kill()
-    stopped_at = jobs.wait_for_step("drawn-stream", step + 40, command, "read")
+    stopped_at = jobs.wait_for_step("drawn-stream", step + 30, command, "read")
     command.process.kill()
     assert "attempt failed (1 of 2 allowed)" in command.wait().stderr
 
     finished = jobs.run("stream", recipe, "--ledger", "--json", "--set", "workers.num_workers=3")
-    assert f"going on from step {(stopped_at // 20) * 20}"[:20] in finished.stderr
+    assert int(re.findall(r"going on from step (\d+)", finished.stderr)[0]) >= stopped_at
     result = finished.document
-    assert result["num_steps"] == NUM_RECORDS // 12 * 12
+    assert result["num_steps"] == NUM_RECORDS // 12 * 5
     assert 0 < result["num_samples"] < result["num_steps"] * 12, "it went on and did not start anew"
     assert result["ledger"] == {
         "num_steps": result["num_steps"],
