@@ -20,6 +20,12 @@ FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
 """Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that workers side by side end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass(frozen=True)
 class RunningPlatform:
     """A platform that is up."""
