@@ -26,7 +26,7 @@ $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@echo "compiling DeepSpeed's CPU collectives (about 100 s the first time, then cached)"
+	@echo "compiling DeepSpeed's CPU collectives (about half a minute)"
 	$(BIN)/python -m orchestration.engine
 	touch $(SETUP)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +87,8 @@ def build_engine(
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _allow_deepspeed_types()
     dtype = compute_dtype(engine)
+    if not torch.cuda.is_available():
+        load_collectives()
     if torch.distributed.get_rank() == 0:
         logger.info("computing in %s on %s, ZeRO stage %d", dtype, _device_name(), engine.zero_stage)
     built, _, _, _ = deepspeed.initialize(
@@ -190,13 +194,39 @@ def optimizer_state_bytes(engine: Engine) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor.dim() > 0)
 
 
-def compile_ops() -> None:
-    """Compile the collectives DeepSpeed uses on a CPU, once a machine; torch keeps them for every later process."""
+def load_collectives() -> None:
+    """Load the collectives DeepSpeed uses on a CPU into this process; the first caller of an environment compiles them.
+
+    Torch guards its build folder by a file that outlives a killed process, and every later process would wait for it
+    without end. So the folder is the environment's own, and whoever works in it holds a lock that the kernel takes
+    back from the dead: a guard that is found under that lock is a dead one's.
+    """
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
 
-    build_shm_op()
+    folder = _collectives_folder()
+    if folder is None:
+        build_shm_op()
+        return
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    with (folder / "in_use").open("w") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX)
+        for guard in folder.glob("*/lock"):
+            guard.unlink()
+        build_shm_op()
+
+
+def _collectives_folder() -> Path | None:
+    """Where this environment keeps what it compiled; None where it can't be written or the user named another."""
+    folder = Path(sys.prefix) / "torch_extensions"
+    if os.environ.get("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+        return None
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 if __name__ == "__main__":
-    compile_ops()
+    load_collectives()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,16 @@ def test_an_infinite_loss_stops_every_rank_and_names_its_samples(tmp_path: Path)
     assert "row-0" in said[0]
     assert "row-15" in said[1]
     assert "row-15" not in said[0]
+
+
+def test_a_process_killed_while_it_compiled_stops_nobody() -> None:
+    """Torch's guard file outlives its process, and whoever came next used to wait for it for ever."""
+    folder = Path(sys.prefix) / "torch_extensions"
+    guard = folder / "deepspeed_shm_comm" / "lock"
+    with (folder / "in_use").open() as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX)
+        guard.touch()
+
+    subprocess.run([sys.executable, "-m", "orchestration.engine"], check=True, timeout=120)
+
+    assert not guard.exists()
