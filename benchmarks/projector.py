@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 from benchmarks.machine import write_results
 from orchestration.engine import build_engine, build_optimizer, build_schedule
-from orchestration.loop import build_projector, take_step
 from orchestration.provenance import git_state
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
-from orchestration.sampling import rank_slice
-from orchestration.stream import Batch
+from orchestration.streaming.feature_stream import Batch
+from orchestration.streaming.sampling import rank_slice
+from orchestration.training.loop import build_projector, take_step
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
 from tinyemo.taxonomies import taxonomy_labels
@@ -51,7 +51,7 @@ def measure_accuracy() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()
-    from orchestration.train import train
+    from orchestration.training.train import train
 
     commit = git_state()["git_commit"][:8]
     means: dict[str, float] = {}
@@ -92,10 +92,10 @@ def measure_seeds() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()
-    from orchestration.labels import label_embeddings
-    from orchestration.loop import objective_of
-    from orchestration.prepare import prepare
-    from orchestration.stream import features_array, read_rows
+    from orchestration.assets.labels import label_embeddings
+    from orchestration.streaming.feature_stream import features_array, read_rows
+    from orchestration.training.loop import objective_of
+    from orchestration.training.prepare import prepare
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}

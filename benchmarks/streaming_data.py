@@ -36,8 +36,8 @@ def write_records(folder: Path, images: list[Path], num_records: int) -> Path:
 def ingest_oasis_copies() -> dict[str, Any]:
     """The benchmark's records in S3 in all three forms; addresses of each."""
     from orchestration import storage
-    from orchestration.assets import get_asset
-    from orchestration.instruct_ingest import ingest_instruct
+    from orchestration.assets.catalogue import get_asset
+    from orchestration.instruct.ingest import ingest_instruct
 
     images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
     root = f"s3://{os.environ['TINYEMO_BUCKET']}"

@@ -28,9 +28,9 @@ def measure_resume() -> dict[str, Any]:
     from cluster.state import load_state, resolve_folder
     from orchestration import storage
     from orchestration.fit import read_state
-    from orchestration.ledger import check_ledger, read_ledger
     from orchestration.recipe import load_recipe
-    from orchestration.stream_job import prepare_records
+    from orchestration.streaming.job import prepare_records
+    from orchestration.streaming.ledger import check_ledger, read_ledger
 
     settings = ingest_oasis_copies()
     state = load_state(resolve_folder(None))
@@ -100,8 +100,8 @@ def language_model_loop(config: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from orchestration.ordered_stream import Waits
-    from orchestration.record_stream import IMAGE_TOKEN_ID, open_record_stream
+    from orchestration.streaming.ordered_stream import Waits
+    from orchestration.streaming.record_stream import IMAGE_TOKEN_ID, open_record_stream
 
     job = config["job"]
     rank = ray.train.get_context().get_world_rank()
@@ -139,9 +139,9 @@ def measure_wait() -> dict[str, Any]:
 
     from orchestration.fit import ReportCallback, connect, read_curve, run_phase
     from orchestration.recipe import load_recipe
-    from orchestration.stream_job import prepare_records
-    from orchestration.stream_loop import StreamJob
-    from orchestration.train import train
+    from orchestration.streaming.job import prepare_records
+    from orchestration.streaming.loop import StreamJob
+    from orchestration.training.train import train
 
     settings = ingest_oasis_copies()
     projector = load_recipe("emotion6", [f"name=bench-wait-{int(time.time())}", "experiment=benchmarks"])

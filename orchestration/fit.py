@@ -25,10 +25,10 @@ from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
-from orchestration.loop import TrainJob
-from orchestration.ordered_stream import configure_ray_data
-from orchestration.stream_loop import StreamJob
+from orchestration.streaming.loop import StreamJob
+from orchestration.streaming.ordered_stream import configure_ray_data
 from orchestration.tracking import RunLogger
+from orchestration.training.loop import TrainJob
 from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)

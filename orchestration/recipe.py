@@ -12,9 +12,9 @@ from typing import Any, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
-from orchestration.record_stream import RecordsConfig
-from orchestration.search_space import SearchConfig, space_problems
-from orchestration.stream import DataConfig
+from orchestration.search.space import SearchConfig, space_problems
+from orchestration.streaming.feature_stream import DataConfig
+from orchestration.streaming.record_stream import RecordsConfig
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
 from tinyemo.families import FAMILY

@@ -18,7 +18,7 @@ def list_command(as_json: JsonOption = False) -> None:
 
     Example: tinyemo assets list --json
     """
-    from orchestration.assets import list_assets
+    from orchestration.assets.catalogue import list_assets
 
     statuses = list_assets()
     if as_json:
@@ -52,7 +52,7 @@ def get_command(
 
     Example: TINYEMO_MIRROR=../shared/data tinyemo assets get emotion6
     """
-    from orchestration.assets import get_asset, read_provenance
+    from orchestration.assets.catalogue import get_asset, read_provenance
 
     folder = get_asset(name, is_refreshed=is_refreshed)
     note = read_provenance(folder)

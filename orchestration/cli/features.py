@@ -14,8 +14,8 @@ from orchestration.cli.ingest import default_root, progress
 from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestration.encode_parts import PoolConfig
-    from orchestration.vision_features import FeaturesReport
+    from orchestration.vision.encode_parts import PoolConfig
+    from orchestration.vision.features import FeaturesReport
 
 
 def features(
@@ -55,8 +55,8 @@ def features(
 
     Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
     """
-    from orchestration.encoder_sources import choose_encoder
-    from orchestration.vision_features import make_features
+    from orchestration.vision.encoder_sources import choose_encoder
+    from orchestration.vision.features import make_features
 
     load_platform_environment()
     choice = choose_encoder(encoder, revision)
@@ -86,7 +86,7 @@ def features(
 def _make_pool(**values: Any) -> PoolConfig:
     from pydantic import ValidationError
 
-    from orchestration.encode_parts import PoolConfig
+    from orchestration.vision.encode_parts import PoolConfig
 
     try:
         return PoolConfig(**values)

@@ -16,8 +16,8 @@ from cluster.environment import load_platform_environment
 from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestration.ingest import IngestReport
-    from orchestration.versions import Advance
+    from orchestration.datasets.ingest import IngestReport
+    from orchestration.datasets.versions import Advance
 
 ingest_app = typer.Typer(help="Put data sets into S3.", no_args_is_help=True)
 
@@ -57,7 +57,7 @@ def features_command(
 
     Example: tinyemo ingest features emotion6 --name emotion6 --taxonomy ekman
     """
-    from orchestration.ingest import ingest_features
+    from orchestration.datasets.ingest import ingest_features
 
     load_platform_environment()
     with progress() as advance:

@@ -14,7 +14,7 @@ from cluster.environment import load_platform_environment
 from orchestration.cli.ingest import default_root, progress
 
 if TYPE_CHECKING:
-    from orchestration.instruct_ingest import InstructReport
+    from orchestration.instruct.ingest import InstructReport
 
 
 def instruct_command(
@@ -47,8 +47,8 @@ def instruct_command(
     Example: tinyemo ingest instruct --records finetune.json --images images --name emoreason --set taxonomy=parrott
     --set foreign_root=/home/author/images
     """
-    from orchestration.instruct_ingest import ingest_instruct
-    from orchestration.instruct_rules import Layout, load_rules
+    from orchestration.instruct.ingest import ingest_instruct
+    from orchestration.instruct.rules import Layout, load_rules
 
     load_platform_environment()
     # Ray reports lost workers on stdout, which is for results.

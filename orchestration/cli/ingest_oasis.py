@@ -14,7 +14,7 @@ from orchestration.cli.ingest_instruct import show_report
 from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestration.oasis import OasisRules
+    from orchestration.instruct.oasis import OasisRules
 
 
 def oasis_command(
@@ -39,7 +39,7 @@ def oasis_command(
 
     Example: tinyemo ingest oasis --name oasis
     """
-    from orchestration.oasis import ingest_oasis
+    from orchestration.instruct.oasis import ingest_oasis
 
     load_platform_environment()
     rules = _make_rules(
@@ -63,7 +63,7 @@ def oasis_command(
 def _make_rules(**values: Any) -> OasisRules:
     from pydantic import ValidationError
 
-    from orchestration.oasis import OasisRules
+    from orchestration.instruct.oasis import OasisRules
 
     try:
         return OasisRules(**values)

@@ -11,7 +11,7 @@ import typer
 from cluster.environment import load_platform_environment
 
 if TYPE_CHECKING:
-    from orchestration.stream_job import StreamResult
+    from orchestration.streaming.job import StreamResult
 
 
 def stream(
@@ -33,7 +33,7 @@ def stream(
     """
     load_platform_environment()
     from orchestration.recipe import load_recipe
-    from orchestration.stream_job import prepare_records, read_stream
+    from orchestration.streaming.job import prepare_records, read_stream
 
     recipe = load_recipe(recipe_name, overrides)
     if is_dry_run:

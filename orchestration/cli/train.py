@@ -16,7 +16,7 @@ from cluster.environment import load_platform_environment
 if TYPE_CHECKING:
     from orchestration.fit import PhaseState
     from orchestration.recipe import Recipe
-    from orchestration.train import TrainResult
+    from orchestration.training.train import TrainResult
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
@@ -45,7 +45,7 @@ def train(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration import train as job
+    from orchestration.training import train as job
 
     with _stoppable():
         result = job.train(loaded, on_report=None if as_json else _show_report)
@@ -69,7 +69,7 @@ def family(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration import family as job
+    from orchestration.training import family as job
 
     with _stoppable():
         results = job.train_family(loaded, on_report=None if as_json else _show_report)
@@ -91,8 +91,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.prepare import prepare
     from orchestration.recipe import to_toml
+    from orchestration.training.prepare import prepare
 
     preparation = prepare(recipe)
     plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
@@ -130,7 +130,7 @@ def _show_results(results: list[TrainResult], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from orchestration.train import notes
+    from orchestration.training.train import notes
 
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=1))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from orchestration.fit import PhaseState
     from orchestration.recipe import Recipe
-    from orchestration.search_records import TrialRecord
-    from orchestration.tune import OnTrial, TuneResult
+    from orchestration.search.records import TrialRecord
+    from orchestration.search.tune import OnTrial, TuneResult
 
 NUM_TRIALS_SHOWN = 12
 
@@ -43,7 +43,7 @@ def tune(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration import tune as job
+    from orchestration.search import tune as job
 
     with _progress(loaded, is_quiet=as_json) as on_trial:
         result = job.tune(loaded, on_trial=on_trial, on_report=None if as_json else _show_report)
@@ -51,8 +51,8 @@ def tune(
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.prepare import prepare
-    from orchestration.search_check import check_search, first_point
+    from orchestration.search.check import check_search, first_point
+    from orchestration.training.prepare import prepare
 
     preparation = prepare(recipe)
     check_search(preparation)
@@ -99,13 +99,13 @@ def _progress(recipe: Recipe, *, is_quiet: bool) -> Iterator[OnTrial | None]:
 
 
 def _best(records: list[TrialRecord]) -> float:
-    from orchestration.trial import SEEN
+    from orchestration.search.trial import SEEN
 
     return max((record.value(SEEN) for record in records if record.ended == "finished"), default=0.0)
 
 
 def _line(records: list[TrialRecord], recipe: Recipe) -> str:
-    from orchestration.trial import SEEN
+    from orchestration.search.trial import SEEN
 
     record = records[-1]
     ended = f"{record.ended} after {len(record.curve)} epochs" + (f": {record.error}" if record.error else "")
@@ -118,7 +118,7 @@ def _line(records: list[TrialRecord], recipe: Recipe) -> str:
 def _table(records: list[TrialRecord], recipe: Recipe) -> Table:
     from rich.table import Table
 
-    from orchestration.trial import SEEN
+    from orchestration.search.trial import SEEN
 
     title = f"{recipe.name}: {len(records)} of {recipe.search.num_trials} trials, best val top-1 {_best(records):.4f}"
     table = Table(title=title)

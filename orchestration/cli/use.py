@@ -188,7 +188,7 @@ def _read_features(model: MetricProjector, location: str, split: str | None) -> 
 
     if location.startswith("s3://"):
         from cluster.environment import load_platform_environment
-        from orchestration.stored_features import read_stored_features
+        from orchestration.vision.stored_features import read_stored_features
 
         load_platform_environment()
         table = read_stored_features(location, split or "test")
@@ -237,7 +237,7 @@ def _embed_more(model: MetricProjector, labels: LabelEmbeddings, missing: Sequen
     Raises:
         TinyEmoError: that table cannot be had, or it is another one.
     """
-    from orchestration.assets import open_embedding_table
+    from orchestration.assets.catalogue import open_embedding_table
     from tinyemo.families import FAMILY
     from tinyemo.label_embeddings import embed_labels
 

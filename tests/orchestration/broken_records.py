@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from orchestration.instruct_records import MAX_RECORD_BYTES
-from orchestration.instruct_rules import IngestRules
+from orchestration.instruct.records import MAX_RECORD_BYTES
+from orchestration.instruct.rules import IngestRules
 
 FOREIGN_ROOT = "/elsewhere/images"
 RULES = IngestRules(

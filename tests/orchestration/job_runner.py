@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from orchestration import storage
+from orchestration.datasets.manifest import FeatureManifest, load_manifest
 from orchestration.fit import Curve, PhaseState, read_curve, read_state
-from orchestration.manifest import FeatureManifest, load_manifest
 
 DEADLINE_S = 400.0
 POLL_S = 0.05

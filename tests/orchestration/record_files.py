@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from orchestration import storage
-from orchestration.manifest import RECORD_SCHEMA, FileRef, InstructManifest, Rejected, Shard, SplitCounts
-from orchestration.versions import publish
+from orchestration.datasets.manifest import RECORD_SCHEMA, FileRef, InstructManifest, Rejected, Shard, SplitCounts
+from orchestration.datasets.versions import publish
 
 
 def drawn_picture(number: int, *, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:

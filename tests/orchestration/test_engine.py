@@ -24,10 +24,10 @@ from orchestration.engine import (
     optimizer_state_bytes,
     save_engine,
 )
-from orchestration.loop import build_projector, take_step
 from orchestration.recipe import Recipe, parse_recipe
-from orchestration.sampling import rank_slice
-from orchestration.stream import Batch
+from orchestration.streaming.feature_stream import Batch
+from orchestration.streaming.sampling import rank_slice
+from orchestration.training.loop import build_projector, take_step
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective

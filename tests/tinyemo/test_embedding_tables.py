@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict
 from transformers.integrations.gguf.dequant import dequantize as dequantize_blocks
 
-from orchestration.assets import get_asset
+from orchestration.assets.catalogue import get_asset
 from tinyemo.embedding_tables import open_gguf_table, open_safetensors_table, random_table
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import LABELS

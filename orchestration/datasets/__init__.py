@@ -1,0 +1,1 @@
+"""What lies in S3: versioned manifests, shards, validation of rows, splits."""

@@ -1,0 +1,1 @@
+"""From LLaVA records and images to a checked instruct data set."""

@@ -1,0 +1,255 @@
+"""What only the whole data set can decide: ids, splits, duplicates, shards, and the digest. Pure functions on columns.
+
+R records, K of them kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from orchestration.datasets.validation import held_out_rank
+from orchestration.instruct.near_duplicates import nearest_within
+from orchestration.instruct.rules import IngestRules, Layout, Reason
+
+FACT_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),  # line or element of the input, from 1
+        ("id", pa.string()),  # null where a rejected record has none
+        ("split", pa.string()),  # as the record names it; after `decide` the one it is in
+        ("reason", pa.string()),  # null where it is kept
+        ("detail", pa.string()),
+        ("content", pa.binary(16)),  # hash of task, turns, labels and source; of the text where those are not known
+        ("task", pa.string()),
+        ("label", pa.string()),
+        ("question_chars", pa.int32()),
+        ("answer_chars", pa.int32()),
+        ("text_bytes", pa.int64()),
+        ("image_sha256", pa.binary(32)),
+        ("phash", pa.uint64()),
+        ("image_bytes", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+"""What a task finds out about each record; the driver holds this and no text or image, under 300 bytes a record."""
+
+
+class _Verdicts:
+    """Reasons and details of R records while they are decided."""
+
+    def __init__(self, facts: pa.Table) -> None:
+        self.reasons: list[str | None] = facts["reason"].to_pylist()
+        self.details: list[str | None] = facts["detail"].to_pylist()
+        self.is_kept: NDArray[np.bool_] = facts["reason"].is_null().to_numpy().astype(bool)
+
+    def reject(self, row: int, reason: Reason, detail: str) -> None:
+        self.reasons[row] = reason
+        self.details[row] = detail
+        self.is_kept[row] = False
+
+
+def decide(facts: pa.Table, rules: IngestRules, split: str | None) -> pa.Table:
+    """The facts (R rows in the order of the input) with final ids, splits and reasons.
+
+    Args:
+        facts: FACT_SCHEMA.
+        rules: of the ingest.
+        split: of records that name none; None: their image decides.
+    """
+    facts = facts.combine_chunks()
+    verdicts = _Verdicts(facts)
+    numbers = facts["number"].to_numpy()
+    ids = _settle_ids(facts, numbers, rules, verdicts)
+    images = _codes(facts["image_sha256"])
+    splits = _settle_splits(facts, images, rules, split, verdicts)
+    names = sorted(set(splits[verdicts.is_kept].tolist()), key=held_out_rank)
+    ranks = np.zeros(len(splits), dtype=np.int64)
+    for rank, name in enumerate(names):
+        ranks[splits == name] = rank
+    _reject_same_images(images, ranks, names, numbers, verdicts)
+    if rules.near_duplicate_bits >= 0:
+        _reject_near_images(facts, images, ranks, names, numbers, rules.near_duplicate_bits, verdicts)
+    changed = {
+        "id": pa.array(ids, pa.string()),
+        "split": pa.array(splits.tolist(), pa.string()),
+        "reason": pa.array(verdicts.reasons, pa.string()),
+        "detail": pa.array(verdicts.details, pa.string()),
+    }
+    return pa.table([changed.get(name, facts[name]) for name in FACT_SCHEMA.names], schema=FACT_SCHEMA)
+
+
+def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """(R,) equal numbers for equal values, -1 for null."""
+    codes: NDArray[np.int64] = (
+        pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(np.int64)
+    )
+    return codes
+
+
+def _settle_ids(
+    facts: pa.Table, numbers: NDArray[np.int64], rules: IngestRules, verdicts: _Verdicts
+) -> list[str | None]:
+    """Ids of which no two kept records share one; the first record of an id keeps it."""
+    ids: list[str | None] = facts["id"].to_pylist()
+    first: dict[str | None, int] = {}
+    repeated = [row for row in np.flatnonzero(verdicts.is_kept).tolist() if first.setdefault(ids[row], row) != row]
+    if not repeated:
+        return ids
+    times: dict[str | None, int] = {}
+    contents = facts["content"]
+    seen = {(ids[row], contents[row].as_py()) for row in {first[ids[row]] for row in repeated}}
+    for row in repeated:
+        sample_id, content = ids[row], contents[row].as_py()
+        detail = f"record {numbers[first[sample_id]]} has this id"
+        times[sample_id] = times.get(sample_id, 1) + 1
+        numbered = f"{sample_id}#{times[sample_id]}"
+        if rules.repeated_id == "reject":
+            verdicts.reject(row, Reason.DUPLICATE_ID, detail)
+        elif (sample_id, content) in seen or numbered in first:
+            verdicts.reject(row, Reason.DUPLICATE_ID, f"{detail} and the same conversation, or {numbered} is taken")
+        else:
+            seen.add((sample_id, content))
+            first[numbered] = row
+            ids[row] = numbered
+    return ids
+
+
+def _settle_splits(
+    facts: pa.Table, images: NDArray[np.int64], rules: IngestRules, split: str | None, verdicts: _Verdicts
+) -> NDArray[np.object_]:
+    """(R,) the split that the record names, else `split`, else the one that its image has or is given."""
+    splits = np.array(facts["split"].to_pylist(), dtype=object)
+    is_open = verdicts.is_kept & facts["split"].is_null().to_numpy().astype(bool)
+    if split is not None:
+        splits[is_open] = split
+        return splits
+    named: dict[int, str] = {}
+    for row in np.flatnonzero(verdicts.is_kept & ~is_open).tolist():
+        image = int(images[row])
+        named[image] = min(named.get(image, splits[row]), splits[row], key=held_out_rank)
+    hashes = facts["image_sha256"]
+    for row in np.flatnonzero(is_open).tolist():
+        splits[row] = named.get(int(images[row])) or choose_split(hashes[row].as_py(), rules.held_out)
+    return splits
+
+
+def choose_split(image_sha256: bytes, held_out: dict[str, float]) -> str:
+    """The split of an image: its sha256, read as a number in [0, 1), falls into a held-out fraction or into train.
+
+    Test comes first, so that its images stay the same whatever the other fractions are.
+    """
+    place = int.from_bytes(image_sha256[:8], "big") / 2**64
+    for name in sorted(held_out, key=held_out_rank):
+        place -= held_out[name]
+        if place < 0:
+            return name
+    return "train"
+
+
+def _reject_same_images(
+    images: NDArray[np.int64],
+    ranks: NDArray[np.int64],
+    names: list[str],
+    numbers: NDArray[np.int64],
+    verdicts: _Verdicts,
+) -> None:
+    """Of the kept records of one image, keep those in the split that is held out most."""
+    rows = np.flatnonzero(verdicts.is_kept)
+    order = rows[np.lexsort((rows, ranks[rows], images[rows]))]
+    if not len(order):
+        return
+    is_start = np.r_[True, images[order][1:] != images[order][:-1]]
+    holders = order[is_start][np.cumsum(is_start) - 1]
+    is_leak = ranks[order] > ranks[holders]
+    for row, holder in zip(order[is_leak].tolist(), holders[is_leak].tolist(), strict=True):
+        detail = f"{names[ranks[holder]]} holds this image in record {numbers[holder]}"
+        verdicts.reject(row, Reason.DUPLICATE_IMAGE, detail)
+
+
+def _reject_near_images(
+    facts: pa.Table,
+    images: NDArray[np.int64],
+    ranks: NDArray[np.int64],
+    names: list[str],
+    numbers: NDArray[np.int64],
+    max_bits: int,
+    verdicts: _Verdicts,
+) -> None:
+    """Split after split from the one held out most: what is near an image of a former split goes."""
+    hashes = pc.fill_null(facts["phash"].combine_chunks(), 0).to_numpy()
+    has_hash = facts["phash"].is_valid().to_numpy().astype(bool)
+    former = np.array([], dtype=np.int64)  # rows that stand for the images, and hashes, of the splits before
+    for rank in range(len(names)):
+        rows = np.flatnonzero(verdicts.is_kept & has_hash & (ranks == rank))
+        distinct, inverse = np.unique(hashes[rows], return_inverse=True)
+        places, bits = nearest_within(distinct, hashes[former], max_bits)
+        for row, which in zip(rows.tolist(), inverse.tolist(), strict=True):
+            if places[which] >= 0:
+                holder = former[places[which]]
+                where = f"record {numbers[holder]} of {names[ranks[holder]]}"
+                verdicts.reject(row, Reason.DUPLICATE_NEAR_IMAGE, f"{bits[which]} of 64 bits from the image of {where}")
+        kept = rows[verdicts.is_kept[rows]]
+        _, first = np.unique(hashes[kept], return_index=True)
+        former = np.concatenate([former, kept[first]])
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which records a shard holds."""
+
+    split: str
+    path: str
+    """Relative to the version's folder."""
+    rows: NDArray[np.int64]
+    """Places in the facts, ascending: the order of the input."""
+
+
+def plan_shards(decided: pa.Table, layout: Layout) -> list[ShardPlan]:
+    """The shards of all splits, train first; each ends with the record that reaches `layout.shard_bytes`."""
+    is_kept = decided["reason"].is_null().to_numpy().astype(bool)
+    splits = np.array(decided["split"].to_pylist(), dtype=object)
+    sizes = pc.add(decided["image_bytes"], decided["text_bytes"]).fill_null(0).to_numpy()
+    plans = []
+    for split in sorted(set(splits[is_kept].tolist()), key=held_out_rank, reverse=True):
+        rows = np.flatnonzero(is_kept & (splits == split))
+        # The shard in whose bytes a record begins; one huge record may leave numbers out.
+        window = (np.cumsum(sizes[rows]) - sizes[rows]) // layout.shard_bytes
+        starts = np.flatnonzero(np.r_[True, window[1:] != window[:-1]])
+        for number, part in enumerate(np.split(rows, starts[1:])):
+            plans.append(ShardPlan(split, f"{split}-{number:05d}.parquet", part))
+    return plans
+
+
+def digest_of(decided: pa.Table, plans: list[ShardPlan], header: object) -> str:
+    """sha256 over everything that a reader of the version can see, and over nothing else.
+
+    The order of the kept records counts, since the order of samples in training is a function of digest and place.
+
+    Args:
+        decided: what `decide` returned.
+        plans: of all shards.
+        header: layout, rules and kind of data, as JSON can hold them.
+    """
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    columns = ["split", "id", "reason", "image_sha256", "content"]
+    kept = np.concatenate([plan.rows for plan in plans]) if plans else np.array([], dtype=np.int64)
+    rejected = np.flatnonzero(decided["reason"].is_valid().to_numpy())
+    for rows in (kept, rejected):
+        for batch in _batches(decided.select(columns), rows):
+            for split, sample_id, reason, image, content in zip(*(column.to_pylist() for column in batch), strict=True):
+                line = [split, sample_id, reason, image.hex() if image else None, content.hex()]
+                digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def _batches(table: pa.Table, rows: NDArray[np.int64], size: int = 4096) -> Iterator[pa.RecordBatch]:
+    for start in range(0, len(rows), size):
+        yield from table.take(pa.array(rows[start : start + size])).combine_chunks().to_batches()

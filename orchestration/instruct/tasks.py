@@ -1,0 +1,329 @@
+"""What Ray Data tasks do in an ingest: check a chunk of records, write a shard. Each reads what it needs itself."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from orchestration import storage
+from orchestration.datasets.manifest import RECORD_SCHEMA
+from orchestration.instruct.data_card import thumbnail
+from orchestration.instruct.decisions import FACT_SCHEMA
+from orchestration.instruct.images import inspect_image, path_under_root, read_ahead, require_root, stored_image
+from orchestration.instruct.records import RawRecord, Staged, read_chunk
+from orchestration.instruct.rules import IngestRules, Layout, Reason, RejectedRecordError
+from orchestration.instruct.validation import Record, check_record, claimed, parse_document, reject
+from orchestration.streaming.ordered_stream import quiet_ray_data
+from tinyemo import errors
+from tinyemo.errors import DataError, PlatformError, TinyEmoError
+
+MAX_RETRIES = 3
+"""Times a task runs again that lost its worker."""
+
+SHARD_OPTIONS: dict[str, Any] = {
+    # JPEG, PNG and WebP do not shrink; the other columns are words.
+    "compression": {
+        "image": "none",
+        "turns.list.element.role": "zstd",
+        "turns.list.element.text": "zstd",
+        "labels_offered.list.element": "zstd",
+    }
+    | {name: "zstd" for name in RECORD_SCHEMA.names if name not in ("image", "turns", "labels_offered")},
+    "use_dictionary": ["task", "label", "label_stated", "source", "turns.list.element.role"],
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+
+
+WRITTEN_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("rows", pa.int64()),
+        (
+            "pictures",
+            pa.list_(pa.struct([("image", pa.binary()), ("task", pa.string()), ("label", pa.string())])),
+        ),
+    ]
+)
+"""What `write_shard` returns."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an ingest's records and images are, and by which rules they are read; travels to the tasks."""
+
+    staged: Staged
+    images: str
+    rules: IngestRules
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """One shard to be written; S records.
+
+    Attributes:
+        uri: address of the shard.
+        positions: (S,) int64, places of its records in the input, ascending.
+        ids: (S,) final ids.
+        image_sha256: (S, 32) uint8, of the image bytes that were checked.
+        sampled: places among the S of which a small picture is wanted.
+    """
+
+    uri: str
+    positions: NDArray[np.int64]
+    ids: list[str]
+    image_sha256: NDArray[np.uint8]
+    sampled: list[int]
+
+
+def check_chunk(source: Source, chunk: int) -> pa.Table:
+    """FACT_SCHEMA: a row for each record of a chunk, in its order; nothing that a record or image holds can fail this.
+
+    Raises:
+        DataError: the images' folder is not on this node.
+        StorageError: S3 fails.
+    """
+    require_root(source.images)
+    rows: list[dict[str, Any]] = []
+    by_path: dict[str, list[int]] = {}
+    for raw in read_chunk(source.staged.uri, chunk):
+        row, path = _check_text(raw, source)
+        if path is not None:
+            by_path.setdefault(path, []).append(len(rows))
+        rows.append(row)
+    for path, coming in read_ahead(by_path, source.images, source.rules.max_image_bytes):
+        changes = _check_image(coming.result, source.rules)
+        for place in by_path[path]:
+            rows[place].update(changes)
+    return pa.Table.from_pylist(rows, FACT_SCHEMA)
+
+
+def _check_text(raw: RawRecord, source: Source) -> tuple[dict[str, Any], str | None]:
+    """What is known of a record before its image, and the image's path where there is something to check."""
+    document: dict[str, Any] = {}
+    try:
+        if raw.problem is not None:
+            reject(Reason.BAD_JSON, raw.problem)
+        document = parse_document(raw.text)
+        record = check_record(document, source.rules)
+        path = path_under_root(record.image, source.images, source.rules.foreign_root)
+    except RejectedRecordError as error:
+        return {
+            "number": raw.number,
+            "id": claimed(document, "id"),
+            "split": claimed(document, "split"),
+            "reason": str(error.reason),
+            "detail": error.detail,
+            "content": _hash16(raw.text),
+        }, None
+    content = record.content()
+    texts = {role: sum(len(text) for who, text in record.turns if who == role) for role in ("human", "gpt")}
+    return {
+        "number": raw.number,
+        "id": record.id,
+        "split": record.split,
+        "content": _hash16(content),
+        "task": record.task,
+        "label": record.label,
+        "question_chars": texts["human"],
+        "answer_chars": texts["gpt"],
+        "text_bytes": len(content),
+    }, path
+
+
+def _check_image(read: Callable[[], bytes], rules: IngestRules) -> dict[str, Any]:
+    """The columns of a record that its image decides."""
+    try:
+        facts = inspect_image(read(), rules)
+    except RejectedRecordError as error:
+        return {"reason": str(error.reason), "detail": error.detail}
+    return {
+        "image_sha256": bytes.fromhex(facts.sha256),
+        "phash": facts.phash,
+        "image_bytes": facts.num_bytes,
+        "width": facts.width,
+        "height": facts.height,
+    }
+
+
+def _hash16(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, Any]:
+    """Store one shard; its path is the caller's. Returns num_bytes, sha256, rows, and pictures of the sampled records.
+
+    Raises:
+        DataError: an image is not the one that was checked.
+        StorageError: S3 fails.
+    """
+    buffer = io.BytesIO()
+    pictures: list[dict[str, Any]] = []
+    with pq.ParquetWriter(buffer, RECORD_SCHEMA, **SHARD_OPTIONS) as writer:
+        group: list[dict[str, Any]] = []
+        for place, row in enumerate(_rows(source, work)):
+            group.append(row)
+            if place in work.sampled:
+                pictures.append({"image": thumbnail(row["image"]), "task": row["task"], "label": row["label"]})
+            if len(group) == layout.rows_per_group:
+                writer.write_table(pa.Table.from_pylist(group, RECORD_SCHEMA), row_group_size=len(group))
+                group.clear()
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, RECORD_SCHEMA), row_group_size=len(group))
+    data = buffer.getvalue()
+    storage.write_bytes(work.uri, data)
+    return {
+        "uri": work.uri,
+        "num_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "rows": len(work.positions),
+        "pictures": pictures,
+    }
+
+
+def _rows(source: Source, work: ShardWork) -> Iterator[dict[str, Any]]:
+    """The shard's records as RECORD_SCHEMA has them."""
+    require_root(source.images)
+    rules = source.rules
+    ahead: list[Record] = []
+
+    def paths() -> Iterator[str]:
+        for record in _records(source, work.positions):
+            ahead.append(record)
+            yield path_under_root(record.image, source.images, rules.foreign_root)
+
+    for place, (path, coming) in enumerate(read_ahead(paths(), source.images, rules.max_image_bytes)):
+        record = ahead.pop(0)
+        try:
+            image, width, height = stored_image(coming.result(), rules)
+        except RejectedRecordError as error:
+            raise DataError(f"{error.detail}, and was there when it was checked: run the same command again") from error
+        digest = hashlib.sha256(image)
+        if digest.digest() != work.image_sha256[place].tobytes():
+            raise DataError(f"{path} changed after it was checked: run the same command again")
+        yield {
+            "id": work.ids[place],
+            "image": image,
+            "image_sha256": digest.hexdigest(),
+            "width": width,
+            "height": height,
+            "task": record.task,
+            "turns": [{"role": role, "text": text} for role, text in record.turns],
+            "labels_offered": record.labels_offered,
+            "label_stated": record.label_stated,
+            "label": record.label,
+            "source": record.source,
+        }
+
+
+def _records(source: Source, positions: NDArray[np.int64]) -> Iterator[Record]:
+    """The records at ascending positions of the input; one chunk is in memory at a time."""
+    for chunk, places in places_by_chunk(source.staged, positions):
+        raws = read_chunk(source.staged.uri, chunk)
+        for place in places.tolist():
+            yield check_record(parse_document(raws[place].text), source.rules)
+
+
+def places_by_chunk(staged: Staged, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each chunk that holds some of the ascending positions, with their places in it."""
+    starts = np.array(staged.starts)
+    chunks = np.searchsorted(starts, positions, side="right") - 1
+    for chunk in np.unique(chunks).tolist():
+        yield chunk, positions[chunks == chunk] - starts[chunk]
+
+
+def check_chunks(source: Source) -> Iterator[pa.Table]:
+    """The facts of every chunk, as tasks get done, so in no order; call `connect` first.
+
+    Raises:
+        DataError, StorageError: see `check_chunk`.
+    """
+
+    def check(batch: pa.Table) -> pa.Table:
+        return pa.concat_tables([check_chunk(source, chunk) for chunk in batch["chunk"].to_pylist()])
+
+    return _run([{"chunk": chunk} for chunk in range(source.staged.num_chunks)], check)
+
+
+def write_shards(source: Source, layout: Layout, works: list[ShardWork]) -> Iterator[dict[str, Any]]:
+    """What `write_shard` returns for every shard, as tasks get done; call `connect` first.
+
+    Raises:
+        DataError, StorageError: see `write_shard`.
+    """
+
+    def write(batch: pa.Table) -> pa.Table:
+        written = [write_shard(source, layout, _unpack(item)) for item in batch.to_pylist()]
+        return pa.Table.from_pylist(written, WRITTEN_SCHEMA)
+
+    for table in _run([_pack(work) for work in works], write):
+        yield from table.to_pylist()
+
+
+def _pack(work: ShardWork) -> dict[str, Any]:
+    """A shard's work as a row of Ray Data."""
+    return {
+        "uri": work.uri,
+        "ids": work.ids,
+        "positions": work.positions.tobytes(),
+        "image_sha256": work.image_sha256.tobytes(),
+        "sampled": np.array(work.sampled, dtype=np.int64).tobytes(),
+    }
+
+
+def _unpack(row: dict[str, Any]) -> ShardWork:
+    return ShardWork(
+        row["uri"],
+        np.frombuffer(row["positions"], dtype=np.int64),
+        row["ids"],
+        np.frombuffer(row["image_sha256"], dtype=np.uint8).reshape(-1, 32),
+        np.frombuffer(row["sampled"], dtype=np.int64).tolist(),
+    )
+
+
+def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """What the tasks return, one task an item and one CPU a task, in no order; an error of ours in one comes out."""
+    import ray.data
+    import ray.exceptions
+
+    def guarded(batch: pa.Table) -> pa.Table:
+        # Raised, it would reach the driver as Ray Data's own error, without ours inside.
+        try:
+            return work(batch)
+        except TinyEmoError as error:
+            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}])
+
+    quiet_ray_data()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():
+        # Ray Data's own limit is none: an image that kills its worker would be tried for ever. 2.60 calls this way of
+        # setting it deprecated and has no other yet.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        results = dataset.map_batches(
+            guarded, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
+        )  # fmt: skip
+    try:
+        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if "failure" in table.column_names:
+                failure = table.to_pylist()[0]
+                raise getattr(errors, failure["failure"])(failure["message"])
+            yield table
+    except ray.exceptions.RayTaskError:
+        raise  # a defect of ours, with its traceback
+    except ray.exceptions.RayError as error:
+        raise PlatformError(
+            f"Ray lost a task for good ({type(error).__name__}; {MAX_RETRIES} retries where its worker died): "
+            "see the logs in the Ray dashboard, then run the same command again"
+        ) from error

@@ -1,0 +1,1 @@
+"""The search over a recipe with hundreds of trials in few processes."""

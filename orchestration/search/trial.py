@@ -1,0 +1,237 @@
+"""One trial of a search, in memory: the training of `tinyemo train` without DeepSpeed, Ray Data and checkpoints.
+
+It takes the same samples in the same order, the same objective, projector, optimizer and schedule, so a trial's losses
+are those of a run of the same recipe (a test holds the two curves side by side). N rows, d encoder width, T texts,
+D width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestration.datasets.manifest import FeatureManifest
+from orchestration.datasets.split import SplitRows, carve_validation
+from orchestration.engine import build_optimizer, build_schedule
+from orchestration.recipe import Recipe, parse_recipe
+from orchestration.streaming.feature_stream import features_array, read_rows
+from orchestration.streaming.sampling import SampleOrder, TrainPlan
+from orchestration.training.loop import build_projector, objective_of
+from orchestration.training.prepare import Preparation
+from tinyemo.errors import TrainingError
+from tinyemo.label_embeddings import LabelEmbeddings
+
+SEEN, ZERO_SHOT = "val/top1_accuracy", "zero_shot/top1_accuracy"
+REPORTED_TEMPERATURE = 0.07
+"""Of `val/cross_entropy`, as in `tinyemo train`."""
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Rows in the object store; the arrays are read-only views of it in every process.
+
+    Attributes:
+        features: (N, d) float16 or float32.
+        labels: (N,) int64, index into the words.
+        id_hash: (N,) uint64.
+    """
+
+    features: NDArray[Any]
+    labels: NDArray[np.int64]
+    id_hash: NDArray[np.uint64]
+
+    def split_rows(self) -> SplitRows:
+        """The same rows for `carve_validation`; `row` is the place in `features`."""
+        places = np.arange(len(self.labels), dtype=np.int32)
+        return SplitRows(np.zeros_like(places), places, self.labels, self.id_hash)
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """All that the trials of a search read, put into the object store once.
+
+    Attributes:
+        train: of the train split; the test split is not here.
+        left_out: train rows of the labels that data.leave_out names, or None.
+        label_vectors: by template: (T, D) float32, not normalised.
+        label_names: what stands beside those vectors: words, llm, llm_revision, llm_weights.
+    """
+
+    words: tuple[str, ...]
+    train: SharedRows
+    left_out_words: tuple[str, ...]
+    left_out: SharedRows | None
+    label_vectors: dict[str, NDArray[np.float32]]
+    label_names: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        features = [rows.features for rows in (self.train, self.left_out) if rows is not None]
+        return sum(array.nbytes for array in (*features, *self.label_vectors.values()))
+
+    def labels(self, template: str) -> LabelEmbeddings:
+        """The label embeddings of a template."""
+        with warnings.catch_warnings():
+            # The store is read-only and torch cannot say so; nobody writes to these vectors.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            vectors = torch.from_numpy(self.label_vectors[template])
+        return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
+
+
+def shared_rows(manifest: FeatureManifest, rows: SplitRows) -> SharedRows:
+    """Read rows from S3."""
+    return SharedRows(features_array(read_rows(manifest, rows)), rows.label, rows.id_hash)
+
+
+def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) -> SearchData:
+    """Read the train rows from S3, once for the whole search."""
+    first = labels[0]
+    names = {name: getattr(first, name) for name in ("words", "llm", "llm_revision", "llm_weights")}
+    left_out = preparation.left_out
+    return SearchData(
+        words=preparation.words,
+        train=shared_rows(preparation.manifest, preparation.splits["train"]),
+        left_out_words=preparation.left_out_words,
+        left_out=None if left_out is None else shared_rows(preparation.manifest, left_out),
+        label_vectors={item.template: item.vectors.numpy() for item in labels},
+        label_names=names,
+    )
+
+
+def trial_recipe(recipe: Recipe, params: dict[str, Any], *, name: str | None = None, seed: int | None = None) -> Recipe:
+    """The recipe with a trial's values, that `tinyemo train` takes as it is; it searches nothing itself.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
+    content = recipe.model_dump(mode="json", exclude={"search"})
+    for knob, value in params.items():
+        section, field = knob.split(".")
+        content[section][field] = value
+    if seed is not None:
+        content["train"]["seed"] = seed
+    content["name"] = name or recipe.name
+    return parse_recipe(content, source=f"trial of {recipe.name}")
+
+
+class FoldTraining:
+    """A projector in training on all rows but one validation fold.
+
+    Attributes:
+        curve: (step, loss) of every optimizer step so far.
+    """
+
+    def __init__(self, recipe: Recipe, data: SearchData, device: torch.device) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        self.rows, self.validation = carve_validation(
+            data.train.split_rows(), fraction=recipe.data.validation_fraction, fold=recipe.data.validation_fold
+        )
+        order = SampleOrder(len(self.rows), recipe.train.seed, recipe.data.shuffle_pool_rows)
+        self.plan = TrainPlan(order, recipe.train.global_batch_size, recipe.train.num_epochs)
+        self.labels = data.labels(recipe.labels.template)
+        self.objective = objective_of(recipe, self.labels, data.words).to(device)
+        self.model = build_projector(recipe).to(device)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.schedule = build_schedule(recipe.optimizer, self.plan.num_steps)(self.optimizer)
+        self.step = 0
+        self.curve: list[tuple[int, float]] = []
+
+    def train_to(self, stop: int) -> None:
+        """Take optimizer steps until `stop` are done.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        self.model.train()
+        for step in range(self.step, stop):
+            places = self.plan.global_batch(step)
+            loss = self.objective.step_loss(self.model, self._features(places), self.rows.label[places], step)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(f"train/loss is {value} at step {step}")
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.schedule.step()
+            self.curve.append((step, value))
+        self.step = stop
+
+    def _features(self, places: NDArray[np.int64]) -> Tensor:
+        rows = self.data.train.features[self.rows.row[places]]
+        return torch.from_numpy(rows.astype(np.float32)).to(self.device)
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy and cross-entropy (nats) on the fold; zero-shot accuracy where labels are left out."""
+        place = self.validation.row
+        metrics = {}
+        if len(place):
+            labels = torch.from_numpy(self.validation.label)
+            scores = self._scores(self.data.train.features[place], self.data.words)
+            metrics = {
+                SEEN: _accuracy(scores, labels),
+                "val/cross_entropy": float(F.cross_entropy(scores / REPORTED_TEMPERATURE, labels)),
+            }
+        left_out = self.data.left_out
+        if left_out is not None and len(self.data.left_out_words) > 1:
+            metrics[ZERO_SHOT] = self.accuracy(left_out, self.data.left_out_words)
+        return metrics
+
+    def accuracy(self, rows: SharedRows, words: tuple[str, ...]) -> float:
+        """Share of the rows whose nearest word is their own."""
+        return _accuracy(self._scores(rows.features, words), torch.tensor(rows.labels))
+
+    @torch.no_grad()
+    def _scores(self, features: NDArray[Any], words: tuple[str, ...]) -> Tensor:
+        """(N, len(words)) cosines on CPU."""
+        self.model.eval()
+        embeds = self.model(torch.from_numpy(features.astype(np.float32)).to(self.device))
+        texts = F.normalize(self.labels.select(words), dim=-1).to(self.device)
+        scores: Tensor = embeds @ texts.T
+        return scores.cpu()
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return float((scores.argmax(dim=1) == labels).double().mean())
+
+
+class PackedTrial:
+    """One trial: its folds side by side, an epoch at a time."""
+
+    def __init__(self, recipe: Recipe, data: SearchData, *, num_folds: int, device: Literal["cpu", "cuda"]) -> None:
+        self.folds = [FoldTraining(_at_fold(recipe, fold), data, torch.device(device)) for fold in range(num_folds)]
+        self.num_epochs = min(len(fold.plan.steps_of_epoch_ends()) for fold in self.folds)
+        self.epoch = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every epoch is done."""
+        return self.epoch >= self.num_epochs
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train every fold for one epoch; the means of their metrics.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        by_fold = []
+        for fold in self.folds:
+            first = fold.step
+            fold.train_to(fold.plan.steps_of_epoch_ends()[self.epoch])
+            loss = float(np.mean([value for _, value in fold.curve[first:]]))
+            by_fold.append({"train/loss": loss, **fold.validate()})
+        self.epoch += 1
+        return {key: float(np.mean([metrics[key] for metrics in by_fold])) for key in by_fold[0]}
+
+
+def _at_fold(recipe: Recipe, fold: int) -> Recipe:
+    data = recipe.data.model_copy(update={"validation_fold": recipe.data.validation_fold + fold})
+    return recipe.model_copy(update={"data": data})

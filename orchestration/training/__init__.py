@@ -1,0 +1,1 @@
+"""The projector job: prepare, loop, report, one run per size."""

@@ -1,0 +1,290 @@
+"""The main job's driver: check, plan, train, test once, record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+
+from orchestration import storage, tracking
+from orchestration.assets.labels import label_embeddings
+from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, run_phase
+from orchestration.plots import plot_confusion, plot_curves
+from orchestration.recipe import Recipe, to_toml
+from orchestration.streaming.feature_stream import StreamPlan
+from orchestration.training.loop import BEST_WEIGHTS, TrainJob, train_loop_per_worker
+from orchestration.training.prepare import Preparation, prepare
+from tinyemo.encoders import UNKNOWN, card_entries
+from tinyemo.errors import TrainingError
+from tinyemo.label_embeddings import LabelEmbeddings
+from tinyemo.metrics import scores_from_confusion
+from tinyemo.projector import CardValue, MetricProjector
+
+logger = logging.getLogger(__name__)
+
+OnReport = Callable[[str, PhaseState], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run says of itself.
+
+    Attributes:
+        test_confusion: (C, C) counts in the order of `words`; rows are true labels.
+        samples_per_s: of the last epoch, optimizer steps alone.
+    """
+
+    name: str
+    run_id: str
+    run_url: str
+    llm: str
+    llm_weights: str
+    hidden_size: int
+    data: str
+    num_train: int
+    num_validation: int
+    num_test: int
+    best_epoch: int
+    val_top1_accuracy: float | None
+    test_top1_accuracy: float
+    test_confusion: list[list[int]]
+    words: list[str]
+    samples_per_s: float
+    encoder_weights: str = "real"
+
+
+def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnReport | None = None) -> TrainResult:
+    """Train a recipe to its end, from where an earlier call of the same name and recipe left it.
+
+    Raises:
+        TrainingError: a run of this name exists with another recipe or other data, or training failed.
+        TinyEmoError: see `prepare`, and what the servers say.
+    """
+    preparation = prepare(recipe)
+    folder = f"{recipe.checkpoint.root}/{recipe.name}"
+    claim = read_claim(folder, preparation)
+    if claim is not None and storage.exists(f"{folder}/result.json"):
+        logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
+        return TrainResult(**storage.read_json(f"{folder}/result.json"))
+    tracking.require_server()
+    labels = label_embeddings(recipe.labels)
+    connect()
+    with tracking.open_run(
+        recipe.experiment,
+        recipe.name,
+        params=recipe.model_dump(mode="json"),
+        tags=_tags(preparation),
+        parent_run_id=parent_run_id,
+        resume_run_id=claim,
+    ) as run:
+        if claim is None:
+            write_claim(folder, preparation, run.run_id)
+        _log_inputs(run, preparation)
+        final, selected = _run_phases(preparation, labels, folder, run, on_report)
+        result = _result(preparation, run, final, selected)
+        _log_results(preparation, labels, folder, run, final, result)
+        storage.write_json(f"{folder}/result.json", asdict(result))
+    return result
+
+
+def _run_phases(
+    preparation: Preparation, labels: LabelEmbeddings, folder: str, run: tracking.RunHandle, on_report: OnReport | None
+) -> tuple[PhaseState, PhaseState]:
+    """(the phase that was tested, the phase that chose the epoch); the same one without refit."""
+    recipe = preparation.recipe
+
+    def phase(name: str, plan: StreamPlan) -> PhaseState:
+        job = TrainJob(recipe, plan, labels, preparation.words)
+        callback = ReportCallback(f"{folder}/{name}", run.logger, prefix="train" if name == "select" else name)
+        watch = (lambda state: on_report(name, state)) if on_report else None
+        return run_phase(job, train_loop_per_worker, callback, on_report=watch)
+
+    selected = phase("select", preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False))
+    if not recipe.train.refit:
+        return selected, selected
+    num_epochs = min(float(selected.metrics["best_epoch"]), recipe.train.num_epochs)
+    return phase("refit", preparation.plan(num_epochs=num_epochs, is_refit=True)), selected
+
+
+def read_claim(folder: str, preparation: Preparation) -> str | None:
+    """The MLflow run that holds this name, None where the name is free.
+
+    Raises:
+        TrainingError: the name belongs to another recipe or other data; the message names the fields.
+    """
+    uri = f"{folder}/run.json"
+    if not storage.exists(uri):
+        return None
+    claim = storage.read_json(uri)
+    if claim["recipe_digest"] != preparation.recipe.digest() or claim["data_digest"] != preparation.manifest.digest:
+        ours, theirs = (tracking.flatten(r) for r in (preparation.recipe.model_dump(mode="json"), claim["recipe"]))
+        changed = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in ours if ours.get(key) != theirs.get(key)]
+        if claim["data_digest"] != preparation.manifest.digest:
+            changed.append(f"data version {claim['data_digest'][:12]} -> {preparation.manifest.version}")
+        raise TrainingError(
+            f"a run named {preparation.recipe.name} exists with another recipe ({'; '.join(changed)}): "
+            "choose another name with --set name=..., or undo the change to go on with it"
+        )
+    return str(claim["mlflow_run_id"])
+
+
+def write_claim(folder: str, preparation: Preparation, run_id: str) -> None:
+    """Take the run's name for this recipe, these data and this MLflow run.
+
+    Raises:
+        TrainingError: another driver took it in the same moment.
+    """
+    claim = {
+        "recipe_digest": preparation.recipe.digest(),
+        "data_digest": preparation.manifest.digest,
+        "mlflow_run_id": run_id,
+        "recipe": preparation.recipe.model_dump(mode="json"),
+    }
+    if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):
+        raise TrainingError(
+            f"another job started {preparation.recipe.name} just now: wait for it, or choose another name"
+        )
+
+
+def _tags(preparation: Preparation) -> dict[str, str]:
+    recipe, manifest = preparation.recipe, preparation.manifest
+    return {
+        "llm": recipe.labels.llm,
+        "llm_weights": recipe.labels.llm_weights,
+        "data": manifest.data,
+        "data.digest": manifest.digest,
+        "zero_stage": str(recipe.engine.zero_stage),
+        "num_workers": str(recipe.workers.num_workers),
+        "encoder": str(manifest.encoder or UNKNOWN),
+    }
+
+
+def _log_inputs(run: tracking.RunHandle, preparation: Preparation) -> None:
+    manifest = preparation.manifest
+    for split in ("train", "test"):
+        # A name a split: MLflow keeps one input for each name and digest.
+        run.log_dataset(
+            f"{manifest.name}-{split}", manifest.digest, manifest.uri, len(preparation.splits[split]), split
+        )
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "recipe.toml"
+        path.write_text(to_toml(preparation.recipe))
+        run.log_artifact(path)
+
+
+def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState, selected: PhaseState) -> TrainResult:
+    recipe = preparation.recipe
+    confusion = torch.tensor(final.metrics["confusion"])
+    scores = scores_from_confusion(confusion, preparation.words)
+    plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
+    assert scores.num_samples == len(preparation.splits["test"])
+    best = float(selected.metrics["best_top1_accuracy"])
+    return TrainResult(
+        name=recipe.name,
+        run_id=run.run_id,
+        run_url=run.url,
+        llm=recipe.labels.llm,
+        llm_weights=recipe.labels.llm_weights,
+        hidden_size=recipe.projector.hidden_size,
+        data=preparation.manifest.data,
+        num_train=len(preparation.splits["train"]) if recipe.train.refit else plan.train.order.num_rows,
+        num_validation=len(plan.splits["validation"]),
+        num_test=scores.num_samples,
+        best_epoch=int(selected.metrics["best_epoch"]),
+        val_top1_accuracy=best if best >= 0 else None,
+        test_top1_accuracy=scores.top1_accuracy,
+        test_confusion=scores.confusion,
+        words=list(preparation.words),
+        samples_per_s=_samples_per_s(final),
+        encoder_weights="real" if preparation.manifest.encoder is None else preparation.manifest.encoder.weights,
+    )
+
+
+def _samples_per_s(final: PhaseState) -> float:
+    """Rate of the last epoch that was trained."""
+    rates = [
+        metrics["train/samples_per_s"] for _, metrics in read_curve(final.folder) if "train/samples_per_s" in metrics
+    ]
+    return rates[-1]
+
+
+def notes(result: TrainResult) -> str:
+    """What every table and plot must say of a result beside its figures; empty where weights and data are real."""
+    said = []
+    if result.llm_weights == "random":
+        said.append("random LLM weights")
+    if result.encoder_weights == "random":
+        said.append("random vision encoder")
+    if result.data == "generated":
+        said.append("generated data")
+    return ", ".join(said)
+
+
+def _log_results(
+    preparation: Preparation,
+    labels: LabelEmbeddings,
+    folder: str,
+    run: tracking.RunHandle,
+    final: PhaseState,
+    result: TrainResult,
+) -> None:
+    recalls = scores_from_confusion(torch.tensor(result.test_confusion), result.words).per_class_recall
+    run.log_metrics(
+        {
+            "test/top1_accuracy": result.test_top1_accuracy,
+            "test/num_samples": result.num_test,
+            **{f"test/recall_{word}": recall for word, recall in recalls.items() if recall is not None},
+        },
+        step=final.step,
+    )
+    suffix = f" ({notes(result)})" if notes(result) else ""
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        title = f"{result.name}: {result.num_test} test images{suffix}"
+        plot_confusion(torch.tensor(result.test_confusion), result.words, here / "confusion.png", title)
+        plot_curves(_curves(f"{folder}/select"), here / "curves.png", f"{result.name}{suffix}")
+        projector = MetricProjector(preparation.recipe.projector)
+        projector.load_state_dict(load_safetensors(storage.read_bytes(f"{final.checkpoint}/{BEST_WEIGHTS}")))
+        projector.save_pretrained(here / "projector", labels=labels, card=_card(preparation, result))
+        run.log_artifacts(here / "projector", "projector")
+        for plot in ("confusion.png", "curves.png"):
+            run.log_artifact(here / plot, "plots")
+
+
+def _curves(folder: str) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, metrics in read_curve(folder):
+        for key in ("train/loss", "val/top1_accuracy"):
+            if key in metrics:
+                curves.setdefault(key, []).append((step, metrics[key]))
+    return curves
+
+
+def _card(preparation: Preparation, result: TrainResult) -> dict[str, CardValue]:
+    """Where a projector comes from, kept in its config.json."""
+    recipe = preparation.recipe
+    return {
+        "run": result.name,
+        "mlflow_run_id": result.run_id,
+        "recipe_digest": recipe.digest(),
+        "llm": recipe.labels.llm,
+        "llm_weights": recipe.labels.llm_weights,
+        "llm_seed": recipe.labels.seed,
+        "template": recipe.labels.template,
+        "taxonomy": recipe.labels.taxonomy,
+        "leave_out": ",".join(preparation.left_out_words),
+        "loss": recipe.loss.name,
+        "data": result.data,
+        "data_uri": preparation.manifest.uri,
+        "data_digest": preparation.manifest.digest,
+        "num_train": result.num_train,
+        "test_top1_accuracy": result.test_top1_accuracy,
+        "num_test": result.num_test,
+        **card_entries(preparation.manifest.encoder),
+    }

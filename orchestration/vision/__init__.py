@@ -1,0 +1,1 @@
+"""Encoders over images: features computed once and stored with their provenance."""

