@@ -1,4 +1,4 @@
-"""How records come out of S3, ours beside its peers: `python benchmarks/streaming.py [speed] [resume] [wait] [scale]`.
+"""How records come out of S3, ours beside its peers: `python benchmarks/streaming.py [speed] [resume] [mix] [wait] [scale]`.
 
 Needs the platform (`tinyemo platform up`). Peers live apart, never in the project's environment: `python -m pip install
 --no-deps --target PEERS mosaicml-streaming webdataset braceexpand brotli python-snappy cramjam zstd xxhash catalogue`,
@@ -8,7 +8,8 @@ speed: OASIS photographs, each under several ids, in the same local S3 server as
 MDS and tar; two decoding processes each, same decoder, same batch, rounds interleaved, medians. Ours in exact order,
 over 4 epochs, since Ray Data reads far ahead; every rate is of a run's second half. Ours may find some row groups of an
 earlier epoch in its readers' caches (128 MiB each).
-resume: workers killed 20 times at random moments, gone on with 1, 2 or 3 of them in turn; what the ledger shows.
+resume: workers killed at 20 random steps, gone on with 1, 2 or 3 of them in turn; what the ledger shows.
+mix: one job over an abundant and a small data set by weight; the shares that its ledger shows.
 wait: the share of a training step that waits for its batch, for the projector and for a 135M language model.
 scale: 1,000,000 generated feature rows, 50,000 small images, ingest and one epoch: memory of driver and object store.
 """
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 from benchmarks.machine import write_results
 from benchmarks.streaming_data import ingest_oasis_copies, peer_environment
-from benchmarks.streaming_hardship import measure_resume, measure_scale, measure_wait
+from benchmarks.streaming_hardship import measure_mix, measure_resume, measure_scale, measure_wait
 from cluster.environment import load_platform_environment
 
 ROUNDS = 2
@@ -102,7 +103,13 @@ def measure_speed() -> dict[str, Any]:
     }
 
 
-PARTS = {"speed": measure_speed, "resume": measure_resume, "wait": measure_wait, "scale": measure_scale}
+PARTS = {
+    "speed": measure_speed,
+    "resume": measure_resume,
+    "mix": measure_mix,
+    "wait": measure_wait,
+    "scale": measure_scale,
+}
 
 
 def main() -> None:
@@ -110,9 +117,7 @@ def main() -> None:
     load_platform_environment()
     parts = sys.argv[1:] or PARTS
     for part in parts:
-        figures = {"speed": measure_speed, "resume": measure_resume, "wait": measure_wait, "scale": measure_scale}[
-            part
-        ]()
+        figures = PARTS[part]()
         print(json.dumps({key: value for key, value in figures.items() if key != "rounds"}, indent=1))
         print("written", write_results("streaming", figures))
 

@@ -17,9 +17,10 @@ COPIES = 48
 BATCH = 64
 RECORDS_PER_FILE = 1024
 FEATURE_WIDTH = 512
+ONCE_PREFIX = "once"
 
 
-def write_records(folder: Path, images: list[Path], num_records: int) -> Path:
+def write_records(folder: Path, images: list[Path], num_records: int, prefix: str = "r") -> Path:
     """LLaVA records over the images, one caption each, as JSON Lines."""
     path = folder / "records.jsonl"
     with path.open("w") as file:
@@ -29,7 +30,7 @@ def write_records(folder: Path, images: list[Path], num_records: int) -> Path:
                 {"from": "human", "value": "<image>\nDescribe the image."},
                 {"from": "gpt", "value": f"{image.stem.rsplit('_', 1)[0].replace('_', ' ')}."},
             ]
-            file.write(json.dumps({"id": f"r{number:07d}", "image": image.name, "conversations": turns}) + "\n")
+            file.write(json.dumps({"id": f"{prefix}{number:07d}", "image": image.name, "conversations": turns}) + "\n")
     return path
 
 
@@ -65,6 +66,19 @@ def ingest_oasis_copies() -> dict[str, Any]:
         "num_records": len(data),
         "num_bytes": sum(map(len, data)),
     }
+
+
+def ingest_oasis_once() -> str:
+    """The photographs again, each under one other id: the small set of a mix. Its address."""
+    from orchestration.assets.catalogue import get_asset
+    from orchestration.instruct.ingest import ingest_instruct
+
+    images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
+    with tempfile.TemporaryDirectory() as name:
+        records = write_records(Path(name), images, len(images), ONCE_PREFIX)
+        root = f"s3://{os.environ['TINYEMO_BUCKET']}/datasets"
+        report = ingest_instruct(records, images[0].parent, name="bench-oasis-once", root=root, split="train")
+    return report.manifest.uri
 
 
 def as_tar(images: list[bytes], number: int) -> bytes:

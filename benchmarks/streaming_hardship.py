@@ -15,7 +15,14 @@ from typing import Any
 
 import psutil
 
-from benchmarks.streaming_data import FEATURE_WIDTH, ingest_oasis_copies, write_feature_rows, write_small_images
+from benchmarks.streaming_data import (
+    FEATURE_WIDTH,
+    ONCE_PREFIX,
+    ingest_oasis_copies,
+    ingest_oasis_once,
+    write_feature_rows,
+    write_small_images,
+)
 
 NUM_KILLS = 20
 RESUME_EPOCHS = 3
@@ -24,7 +31,7 @@ NUM_IMAGES = 50_000
 
 
 def measure_resume() -> dict[str, Any]:
-    """Kill every worker NUM_KILLS times, each time after the next checkpoint and a random while; then the ledger."""
+    """Kill every worker at NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
     from orchestration import storage
     from orchestration.fit import read_state
@@ -47,19 +54,20 @@ def measure_resume() -> dict[str, Any]:
         "checkpoint.every_steps=25",
         "workers.max_failures=0",
     ]
-    killed_at = []
+    num_steps = prepare_records(load_recipe("emotion6", overrides)).num_steps
+    targets = sorted(rng.sample(range(1, int(0.95 * num_steps)), NUM_KILLS))
+    killed_at: list[int] = []
     while True:
         num_workers = len(killed_at) % 3 + 1
         recipe = load_recipe("emotion6", [*overrides, f"workers.num_workers={num_workers}"])
         folder = f"{recipe.checkpoint.root}/{name}"
         arguments = [f"--set={text}" for text in [*overrides, f"workers.num_workers={num_workers}"]]
         command = [str(Path(sys.executable).parent / "tinyemo"), "stream", "emotion6", "--ledger", *arguments]
-        start = state_step(folder)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if len(killed_at) < NUM_KILLS:
-            while process.poll() is None and state_step(folder) == start:
-                time.sleep(0.05)
-            time.sleep(rng.uniform(0, 4))
+            target = targets[len(killed_at)]
+            while process.poll() is None and state_step(folder) < target:
+                time.sleep(0.02)
             for worker in psutil.Process(state.processes["ray"].pid).children(recursive=True):
                 with suppress(psutil.Error):
                     if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):
@@ -77,11 +85,47 @@ def measure_resume() -> dict[str, Any]:
     return {
         "resume": {
             "num_kills": len(killed_at),
-            "last_checkpoint_before_each_kill": killed_at,
+            "num_steps": num_steps,
+            "random_steps_drawn": targets,
+            "last_checkpoint_after_each_kill": killed_at,
             "num_workers_in_turn": [1, 2, 3],
             "num_epochs": RESUME_EPOCHS,
             "ledger": {**asdict(check), "is_exact": check.is_exact},
             "ledger_files": len(storage.list_prefix(f"{folder}/ledger/")),
+        }
+    }
+
+
+def measure_mix() -> dict[str, Any]:
+    """One job over an abundant and a small data set by weight: what its ledger holds of each."""
+    from orchestration.recipe import load_recipe
+    from orchestration.streaming.job import prepare_records, read_stream
+    from orchestration.streaming.ledger import read_ledger
+
+    abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()
+    weights = (3.0, 1.0)
+    recipe = load_recipe(
+        "emotion6",
+        [
+            f"name=bench-mix-{int(time.time())}",
+            f'records.datasets=["{abundant}", "{small}"]',
+            f"records.weights={list(weights)}",
+            'records.tokenizer=""',
+            "records.image_size=32",
+            "train.global_batch_size=64",
+            "train.num_epochs=1",
+        ],
+    )
+    result = read_stream(recipe, has_ledger=True)
+    ids = read_ledger(result.folder)["id"].to_pylist()
+    sets = prepare_records(recipe).sets
+    return {
+        "mix": {
+            "weights": weights,
+            "records_of_each": [sum(part.group_rows) for part in sets],
+            "share_of_the_first_in_the_ledger": sum(not one.startswith(ONCE_PREFIX) for one in ids) / len(ids),
+            "times_a_small_set_record_comes": sum(one.startswith(ONCE_PREFIX) for one in ids) / sum(sets[1].group_rows),
+            "ledger": result.ledger,
         }
     }
 
