@@ -6,7 +6,6 @@ at the end. `ordered_stream` says how an item reaches its ranks; `open_stream` h
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ from orchestration.datasets.manifest import FeatureManifest, Shard, read_file
 from orchestration.datasets.split import SplitRows
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
 from orchestration.streaming.sampling import TrainPlan, rank_slice
+from orchestration.streaming.table_cache import remember
 from tinyemo.config import Section
 from tinyemo.errors import DataError, TrainingError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import ray.data
 
 Split = Literal["validation", "train", "test"]
+MAX_SHARD_BYTES = 256 * 2**20  # of a process's cache of shards
 EVALUATION_ROWS = 16_384  # rows of one validation or test item: 25 MB of 768 float16
 
 
@@ -134,25 +135,20 @@ class Batch:
     labels: NDArray[np.int64]
 
 
-# The last shards that this process read, by address and sha256; Ray keeps a process for many tasks.
-_shards: OrderedDict[tuple[str, str], pa.Table] = OrderedDict()
-_MAX_CACHED_BYTES = 256 * 2**20
+def _shard_key(manifest: FeatureManifest, shard: Shard) -> tuple[str, str]:
+    return manifest.file_uri(shard.path), shard.sha256
 
 
+@remember(MAX_SHARD_BYTES, key=_shard_key, num_bytes=lambda table: int(table.nbytes))
 def _read_shard(manifest: FeatureManifest, shard: Shard) -> pa.Table:
     """Columns id and features of one shard, checked against the manifest."""
-    key = (manifest.file_uri(shard.path), shard.sha256)
-    if key not in _shards:
-        data = read_file(manifest, shard)
-        try:
-            table = pq.read_table(pa.BufferReader(data), columns=["id", "features"])
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{key[0]} is no Parquet file ({error}): ingest the data set again") from error
-        _shards[key] = table.combine_chunks()
-        while len(_shards) > 1 and sum(table.nbytes for table in _shards.values()) > _MAX_CACHED_BYTES:
-            _shards.popitem(last=False)
-    _shards.move_to_end(key)
-    return _shards[key]
+    data = read_file(manifest, shard)
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["id", "features"])
+    except (pa.ArrowInvalid, OSError) as error:
+        uri = manifest.file_uri(shard.path)
+        raise DataError(f"{uri} is no Parquet file ({error}): ingest the data set again") from error
+    return table.combine_chunks()
 
 
 def read_rows(manifest: FeatureManifest, rows: SplitRows) -> pa.Table:

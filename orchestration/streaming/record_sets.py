@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +15,13 @@ from numpy.typing import NDArray
 from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest, Shard, load_manifest
 from orchestration.streaming.sampling import chunks_of
+from orchestration.streaming.table_cache import remember
 from tinyemo.errors import DataError
 
 COLUMNS = ["id", "image", "turns"]
 READ_THREADS = 4
-MAX_CACHED_BYTES = 128 * 2**20
+MAX_GROUP_BYTES = 128 * 2**20  # of a process's cache of row groups
+MAX_FOOTER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,34 +86,44 @@ def read_records(record_set: RecordSet, rows: NDArray[np.int64]) -> pa.Table:
     return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
 
-# Of this process, which Ray keeps for many tasks: footers of shards, and the row groups read last.
-_footers: dict[str, pq.FileMetaData] = {}
-_groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-
-
 def _read_group(record_set: RecordSet, group: int) -> pa.Table:
     shard_place, place = record_set.group_places[group]
     shard = record_set.shards[shard_place]
     uri = record_set.manifest.file_uri(shard.path)
-    if (uri, place) in _groups:
-        return _groups[uri, place]
     try:
-        with pq.ParquetFile(
-            storage.filesystem().open_input_file(uri.removeprefix("s3://")),
-            metadata=_footers.get(uri),
-            page_checksum_verification=True,
-            pre_buffer=True,
-        ) as file:
-            _footers[uri] = file.metadata
-            if file.metadata.num_rows != shard.rows:
-                raise DataError(f"{uri} has {file.metadata.num_rows} rows, its manifest says {shard.rows}")
-            table = file.read_row_group(place, columns=COLUMNS, use_threads=False)
+        return _row_group(uri, shard, place)
     except FileNotFoundError as error:
         raise DataError(f"{uri} is missing, the manifest names it: ingest the data set again with --force") from error
     except (pa.ArrowException, OSError) as error:
         raise _described(error, uri) from error
-    _remember((uri, place), table)
-    return table
+
+
+@remember(
+    MAX_GROUP_BYTES,
+    key=lambda uri, shard, place: (uri, shard.sha256, place),
+    num_bytes=lambda table: int(table.nbytes),
+)
+def _row_group(uri: str, shard: Shard, place: int) -> pa.Table:
+    with pq.ParquetFile(
+        storage.filesystem().open_input_file(uri.removeprefix("s3://")),
+        metadata=_footer(uri, shard),
+        page_checksum_verification=True,
+        pre_buffer=True,
+    ) as file:
+        return file.read_row_group(place, columns=COLUMNS, use_threads=False)
+
+
+@remember(
+    MAX_FOOTER_BYTES,
+    key=lambda uri, shard: (uri, shard.sha256),
+    num_bytes=lambda footer: int(footer.serialized_size),
+)
+def _footer(uri: str, shard: Shard) -> pq.FileMetaData:
+    with storage.filesystem().open_input_file(uri.removeprefix("s3://")) as file:
+        footer = pq.read_metadata(file)
+    if footer.num_rows != shard.rows:
+        raise DataError(f"{uri} has {footer.num_rows} rows, its manifest says {shard.rows}")
+    return footer
 
 
 def _described(error: Exception, uri: str) -> Exception:
@@ -120,12 +131,6 @@ def _described(error: Exception, uri: str) -> Exception:
     storage.exists(uri)  # raises what is wrong with S3
     reason = str(error).splitlines()[0]
     return DataError(f"{uri} is corrupt ({reason}): ingest the data set again with --force")
-
-
-def _remember(key: tuple[str, int], table: pa.Table) -> None:
-    _groups[key] = table
-    while len(_groups) > 1 and sum(table.nbytes for table in list(_groups.values())) > MAX_CACHED_BYTES:
-        _groups.popitem(last=False)
 
 
 def turns_of(table: pa.Table) -> list[list[tuple[str, str]]]:
