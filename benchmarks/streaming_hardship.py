@@ -145,7 +145,8 @@ def language_model_loop(config: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from orchestration.streaming.ordered_stream import Waits
-    from orchestration.streaming.record_stream import IMAGE_TOKEN_ID, open_record_stream
+    from orchestration.streaming.record_stream import open_record_stream
+    from tinyemo.conversation import IMAGE_TOKEN_ID
 
     job = config["job"]
     rank = ray.train.get_context().get_world_rank()

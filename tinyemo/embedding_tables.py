@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinyemo.errors import DataError
+from tinyemo.sentencepiece_files import SENTENCEPIECE_FILE, open_sentencepiece
 
 Tokenize = Callable[[str], list[int]]
 
@@ -252,11 +253,14 @@ def _open_tokenize(source: Path) -> Tokenize:
 
 
 def open_tokenizer(source: Path) -> Any:
-    """The tokenizers.Tokenizer of a GGUF file or a Hugging Face model folder.
+    """The tokenizers.Tokenizer of a GGUF file, of `tokenizer.model`, or of a folder with that or Hugging Face's files.
 
     Raises:
         DataError: `source` holds no tokenizer that transformers can read.
     """
+    pieces = source if source.name == SENTENCEPIECE_FILE else source / SENTENCEPIECE_FILE
+    if pieces.is_file() and not (source / "tokenizer.json").is_file():
+        return open_sentencepiece(pieces)
     try:
         return _gguf_tokenizer(source) if source.is_file() else _folder_tokenizer(source)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:

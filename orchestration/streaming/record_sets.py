@@ -18,7 +18,7 @@ from orchestration.streaming.sampling import chunks_of
 from orchestration.streaming.table_cache import remember
 from tinyemo.errors import DataError
 
-COLUMNS = ["id", "image", "turns"]
+COLUMNS = ["id", "image", "task", "turns"]
 READ_THREADS = 4
 MAX_GROUP_BYTES = 128 * 2**20  # of a process's cache of row groups
 MAX_FOOTER_BYTES = 16 * 2**20

@@ -3,7 +3,7 @@
 A task reads a window of steps: the row groups that it touches, once each. It tokenises, decodes images where the recipe
 says so, and hands each rank its part; the rank holds that against the plan and collates one batch a step.
 
-Shape letters: B batch of one rank, H image side in pixels, T tokens.
+What becomes of a record stands in `record_batches`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,27 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from orchestration.streaming.epoch_plan import EpochPlan, MixedSet, Refs, Tail, Window
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
-from orchestration.streaming.record_sets import RecordSet, read_records, turns_of
+from orchestration.streaming.record_batches import RecordBatch, RecordForm, collate, prepare
+from orchestration.streaming.record_sets import RecordSet, read_records
 from orchestration.streaming.sampling import rank_slice
+from tinyemo.chat_templates import TemplateName
 from tinyemo.config import Section
-from tinyemo.conversation import IGNORED, encode_conversation
-from tinyemo.embedding_tables import open_tokenizer
+from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, TrainingError
-from tinyemo.images import decode_image
 
 if TYPE_CHECKING:
     import ray.data
 
-IMAGE_TOKEN_ID = -200
-"""Stands for the image among the token ids, as in LLaVA; no tokenizer has it."""
-PAD_TOKEN_ID = 0
-"""Behind the end of a shorter sequence; masked."""
 BATCHES_AHEAD = 2
 WINDOW_BYTES = 96 * 2**20
 """A window at most: a few of them, one a reader and those on their way, lie in the object store at the same time."""
@@ -61,13 +54,17 @@ class RecordsConfig(Section):
     decode: Literal["reader", "worker"] = "worker"
     """Who decodes images: Ray Data's reading tasks (pixels travel) or the training worker (files travel)."""
     image_size: PositiveInt = 224
-    """Side of the square images, pixels."""
+    """Side of the square images, pixels; a run with a vision tower takes the tower's own preprocessing."""
+    image_tokens: PositiveInt = 1
+    """Placeholders of an image among the ids; a run with a vision tower takes its number of patches."""
     tokenizer: str = "smollm2-135m"
     """An asset's name, or a folder with a Hugging Face tokenizer; empty for images alone."""
+    template: TemplateName = "plain"
+    """Form of a conversation: plain (which leaves out a caption's question), llama, phi or chatml."""
     end_token: str = "<|im_end|>"
-    """Closes an answer."""
+    """Closes an answer; one of the tokenizer's tokens."""
     max_length: PositiveInt = 2048
-    """Tokens of a conversation that are kept."""
+    """Tokens of a conversation that are kept, the image's included."""
     num_readers: PositiveInt = 2
     """Ray Data tasks that read at the same time."""
     batches_ahead: int = Field(BATCHES_AHEAD, ge=1)
@@ -84,6 +81,25 @@ class RecordPlan:
     world_size: int
     num_steps: int
     """Of the run, over all its epochs."""
+    preprocessing: Preprocessing | None = None
+    """Of the run's vision tower, which then decides the pixels in place of `records.image_size`."""
+    image_tokens: int | None = None
+    """Placeholders of an image where the vision tower says so; None for `records.image_tokens`."""
+
+    @cached_property
+    def form(self) -> RecordForm:
+        """What becomes of each record."""
+        config = self.config
+        return RecordForm(
+            tokenizer=config.tokenizer,
+            end_token=config.end_token,
+            template=config.template,
+            image_tokens=config.image_tokens if self.image_tokens is None else self.image_tokens,
+            max_length=config.max_length,
+            decode=config.decode,
+            image_size=config.image_size,
+            preprocessing=self.preprocessing,
+        )
 
     def windows(self, start_step: int) -> list[Window]:
         """What is read from a step on."""
@@ -93,7 +109,7 @@ class RecordPlan:
     def window_rows(self) -> int:
         """As many records as WINDOW_BYTES hold in the form in which they travel; more would fill the object store."""
         if self.config.decode == "reader":
-            return max(1, WINDOW_BYTES // (3 * self.config.image_size**2))
+            return max(1, WINDOW_BYTES // (3 * self.form.side**2))
         shards = [shard for part in self.sets for shard in part.shards]
         mean_bytes = sum(shard.num_bytes for shard in shards) / sum(shard.rows for shard in shards)
         return max(1, int(WINDOW_BYTES / mean_bytes))
@@ -110,7 +126,7 @@ class RecordPlan:
         parts = [self.refs(window, rank) for rank in range(self.world_size)]
         source = np.concatenate([part.source for part in parts])
         row = np.concatenate([part.row for part in parts])
-        table = self._prepare(_read(self.sets, source, row))
+        table = prepare(_read(self.sets, source, row), self.form)
         start = 0
         for rank, part in enumerate(parts):
             rows = table.slice(start, len(part))
@@ -125,51 +141,6 @@ class RecordPlan:
                 "rows": to_ipc(rows),
             }
 
-    def _prepare(self, records: pa.Table) -> pa.Table:
-        """id, image (the file or its pixels), input_ids, labels."""
-        columns = {"id": records["id"], "image": records["image"]}
-        if self.config.decode == "reader":
-            columns["image"] = _decode(records["image"], self.config.image_size)
-        if self.config.tokenizer:
-            tokenize, end_token_id = tokenizer(self.config.tokenizer, self.config.end_token)
-            encoded = [
-                encode_conversation(
-                    turns,
-                    tokenize,
-                    image_token_id=IMAGE_TOKEN_ID,
-                    end_token_id=end_token_id,
-                    max_length=self.config.max_length,
-                )
-                for turns in turns_of(records)
-            ]
-            columns["input_ids"] = pa.array([item.input_ids for item in encoded], pa.list_(pa.int32()))
-            columns["labels"] = pa.array([item.labels for item in encoded], pa.list_(pa.int32()))
-        return pa.table(columns)
-
-
-@dataclass(frozen=True)
-class RecordBatch:
-    """What one rank gets of a step.
-
-    Attributes:
-        step: counted over epochs.
-        ids: B of this rank's records; empty text where padded.
-        is_real: (B,) bool; false rows fill up an epoch's last batch and must not count.
-        pixel_values: (B, H, H, 3) uint8 RGB.
-        input_ids: (B, T) int64, IMAGE_TOKEN_ID where the image goes; None without a tokenizer.
-        labels: (B, T) int64, -100 where nothing is learned; all of it in padded rows.
-        attention_mask: (B, T) bool.
-    """
-
-    epoch: int
-    step: int
-    ids: list[str]
-    is_real: Tensor
-    pixel_values: Tensor
-    input_ids: Tensor | None
-    labels: Tensor | None
-    attention_mask: Tensor | None
-
 
 def plan_records(
     sets: tuple[RecordSet, ...],
@@ -179,8 +150,20 @@ def plan_records(
     global_batch_size: int,
     num_epochs: float,
     world_size: int,
+    preprocessing: Preprocessing | None = None,
+    image_tokens: int | None = None,
 ) -> RecordPlan:
     """The plan of a run.
+
+    Args:
+        sets: what is read.
+        config: how.
+        seed: of the order.
+        global_batch_size: records of a step, over all ranks.
+        num_epochs: > 0.
+        world_size: ranks.
+        preprocessing: of the run's vision tower; None scales to `records.image_size`.
+        image_tokens: of the run's vision tower; None takes `records.image_tokens`.
 
     Raises:
         ConfigError: the batch is larger than an epoch, or weights do not belong to the data sets.
@@ -197,7 +180,8 @@ def plan_records(
             f"train.global_batch_size: {global_batch_size} is more than the {steps.samples_per_epoch} records of an "
             'epoch; lower it, or set records.tail to "pad"'
         )
-    return RecordPlan(sets, steps, config, world_size, int(steps.steps_per_epoch * num_epochs))
+    num_steps = int(steps.steps_per_epoch * num_epochs)
+    return RecordPlan(sets, steps, config, world_size, num_steps, preprocessing, image_tokens)
 
 
 def build_record_dataset(plan: RecordPlan, start_step: int) -> ray.data.Dataset:
@@ -221,7 +205,7 @@ def open_record_stream(
     waiting: deque[Future[RecordBatch]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
         for epoch, step, rows in _steps(shard, plan, rank, start_step):
-            waiting.append(pool.submit(_collate, rows, epoch, step, plan.config))
+            waiting.append(pool.submit(collate, rows, epoch, step, plan.form))
             if len(waiting) > plan.config.batches_ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -272,60 +256,3 @@ def _read(sets: tuple[RecordSet, ...], source: NDArray[np.int32], row: NDArray[n
         return table
     ids = pa.array(np.where(real, table["id"].to_pylist(), ""), pa.string())
     return table.set_column(table.column_names.index("id"), "id", ids)
-
-
-def _decode(images: pa.ChunkedArray, size: int) -> pa.Array:
-    return pa.array([decode_image(data.as_buffer(), size).tobytes() for data in images], pa.binary(3 * size * size))
-
-
-@cache
-def tokenizer(name: str, end_token: str) -> tuple[Any, int]:
-    """(text to ids without special tokens, id of the end token); opened once a process.
-
-    Raises:
-        ConfigError: the tokenizer has no such end token.
-        AssetError, DataError: it cannot be had or read.
-    """
-    from orchestration.assets.catalogue import find_asset, get_asset
-
-    source = Path(name)
-    if not source.exists():
-        source = get_asset(name) / find_asset(name).files[0]
-    opened = open_tokenizer(source)
-    end_token_id = opened.token_to_id(end_token)
-    if end_token_id is None:
-        raise ConfigError(f"records.end_token: the tokenizer {name} has no token {end_token!r}")
-    return (lambda text: opened.encode(text, add_special_tokens=False).ids), end_token_id
-
-
-def _collate(rows: pa.Table, epoch: int, step: int, config: RecordsConfig) -> RecordBatch:
-    """One rank's rows of a step as tensors, sequences padded to the longest."""
-    size = config.image_size
-    images = rows["image"]
-    pixels = np.empty((len(rows), size, size, 3), dtype=np.uint8)
-    for place, data in enumerate(images):
-        buffer = data.as_buffer()
-        is_pixels = config.decode == "reader"
-        pixels[place] = (
-            np.frombuffer(buffer, np.uint8).reshape(size, size, 3) if is_pixels else decode_image(buffer, size)
-        )
-    is_real = torch.from_numpy(np.asarray(rows["row"]) >= 0)
-    input_ids = labels = attention_mask = None
-    if config.tokenizer:
-        input_ids = _padded(rows["input_ids"], PAD_TOKEN_ID)
-        labels = _padded(rows["labels"], IGNORED)
-        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
-        attention_mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-        labels[~is_real] = IGNORED
-    return RecordBatch(
-        epoch, step, rows["id"].to_pylist(), is_real, torch.from_numpy(pixels), input_ids, labels, attention_mask
-    )
-
-
-def _padded(column: pa.ChunkedArray, value: int) -> Tensor:
-    """(B, T) int64 of lists of any length."""
-    lists = column.to_pylist()
-    out = torch.full((len(lists), max(map(len, lists), default=0)), value, dtype=torch.int64)
-    for place, ids in enumerate(lists):
-        out[place, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return out

@@ -1,0 +1,104 @@
+"""Token records of changing length as one tensor: packed one behind another, or padded to the longest.
+
+Shape letters: B records, T tokens: of all records where packed, of the longest where padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tinyemo.conversation import IGNORED
+
+PAD_TOKEN_ID = 0
+"""Behind the end of a shorter record; masked."""
+
+TokenRecord = tuple[Tensor, Tensor]
+"""input_ids and labels of a record, (T,) int64 each."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Records one behind another in a single row.
+
+    Attributes:
+        input_ids: (1, T) int64.
+        labels: (1, T) int64; a record's first token is IGNORED, for the token before it is another record's.
+        position_ids: (1, T) int64, from 0 again at each record. transformers lets no token see another record's where
+            it gets these and no attention mask.
+        num_answer_tokens: labels that count.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    num_answer_tokens: int
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Records under each other, filled up at their ends.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64; the first column is IGNORED, for nothing stands before it.
+        attention_mask: (B, T) bool.
+        num_answer_tokens: labels that count.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    num_answer_tokens: int
+
+
+def pack(records: Sequence[TokenRecord]) -> PackedBatch:
+    """The records in one row, in their order; no token is spent on filling up."""
+    labels = _without_first(records)
+    positions = [torch.arange(len(input_ids)) for input_ids, _ in records]
+    row = torch.cat(labels)[None]
+    return PackedBatch(
+        input_ids=torch.cat([input_ids for input_ids, _ in records])[None],
+        labels=row,
+        position_ids=torch.cat(positions)[None],
+        num_answer_tokens=_count(row),
+    )
+
+
+def pad(records: Sequence[TokenRecord]) -> PaddedBatch:
+    """The records in a row each, in their order."""
+    labels = pad_sequence(_without_first(records), batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor([len(input_ids) for input_ids, _ in records])
+    return PaddedBatch(
+        input_ids=pad_sequence([input_ids for input_ids, _ in records], batch_first=True, padding_value=PAD_TOKEN_ID),
+        labels=labels,
+        attention_mask=torch.arange(labels.shape[1])[None, :] < lengths[:, None],
+        num_answer_tokens=_count(labels),
+    )
+
+
+def micro_batches(num_records: int, micro_batch_size: int) -> Iterator[slice]:
+    """One rank's records of a step in parts for a forward pass each; all but the last are of one size.
+
+    The number of parts follows from the number of records alone, which all ranks share: under ZeRO every rank must take
+    part in every pass. Order stays, and what belongs to the step stays in it.
+
+    Args:
+        num_records: of one rank in a step.
+        micro_batch_size: > 0.
+    """
+    for start in range(0, num_records, micro_batch_size):
+        yield slice(start, min(start + micro_batch_size, num_records))
+
+
+def _without_first(records: Sequence[TokenRecord]) -> list[Tensor]:
+    """Labels of which none belongs to a token that has no token before it."""
+    return [torch.cat([labels.new_full((min(1, len(labels)),), IGNORED), labels[1:]]) for _, labels in records]
+
+
+def _count(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
