@@ -1,0 +1,1 @@
+"""The reasoning model's jobs: stages of training, evaluation, export, explanations."""
