@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -209,6 +210,8 @@ def load_collectives() -> None:
         build_shm_op()
         return
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # Another ninja does not trust this one's log and compiles everything again: always the environment's own.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     with (folder / "in_use").open("w") as in_use:
         fcntl.flock(in_use, fcntl.LOCK_EX)
         for guard in folder.glob("*/lock"):
