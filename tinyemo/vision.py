@@ -21,7 +21,7 @@ import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,11 +88,11 @@ def read_pixels(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder yields.
+    """What an encoder yields, float32 where nothing else is said.
 
     Attributes:
-        pooled: (B, d) float32.
-        patches: (B, P, D) float32, row after row of the grid.
+        pooled: (B, d) float.
+        patches: (B, P, D) float, row after row of the grid.
     """
 
     pooled: Tensor
@@ -114,17 +114,19 @@ class VisionEncoder:
         """Features, on CPU, of (B, S, S, 3) uint8 pixels as `read_pixels` makes them."""
         scaled = (pixels.to(self.device, torch.float32) / 255 - self._mean) / self._std
         values = scaled.permute(0, 3, 1, 2).contiguous()
-        pooled, patches = self._run(values)
-        return Features(pooled.float().cpu(), patches.float().cpu())
+        features = run_network(self.spec.kind, self._network, values)
+        return Features(features.pooled.float().cpu(), features.patches.float().cpu())
 
-    def _run(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spec.kind == EFFICIENTNET_LITE0:
-            grid = self._network(values)
-            return grid.mean(dim=(2, 3)), grid.flatten(2).transpose(1, 2)
-        outputs = self._network(pixel_values=values, output_hidden_states=True)
-        pooled = outputs.image_embeds if self.spec.kind == "clip" else outputs.pooler_output
-        patches = outputs.hidden_states[-2]
-        return pooled, patches if self.spec.kind == "siglip" else patches[:, 1:]
+
+def run_network(kind: str, network: nn.Module, values: Tensor) -> Features:
+    """Features, in the network's type and on its device, of (B, 3, S, S) normalised pixels."""
+    if kind == EFFICIENTNET_LITE0:
+        grid = network(values)
+        return Features(grid.mean(dim=(2, 3)), grid.flatten(2).transpose(1, 2))
+    outputs = network(pixel_values=values, output_hidden_states=True)
+    pooled = outputs.image_embeds if kind == "clip" else outputs.pooler_output
+    patches = outputs.hidden_states[-2]
+    return Features(pooled, patches if kind == "siglip" else patches[:, 1:])
 
 
 def describe_encoder(folder: Path, *, name: str, revision: str | None = None) -> EncoderSpec:
@@ -139,14 +141,14 @@ def describe_encoder(folder: Path, *, name: str, revision: str | None = None) ->
         DataError: the folder holds no encoder that we know, or says too little about it.
     """
     if (folder / EFFICIENTNET_FILE).is_file():
-        return _describe_efficientnet(folder, name, revision)
+        return _describe_efficientnet(name, revision or _folder_revision(folder), "real")
     config = _read_config(folder / "config.json")
     kind = _KINDS.get(str(config.get("model_type")))
     if kind is None:
         raise DataError(
             f"{folder} holds a model of type {config.get('model_type')!r}: encoders are {', '.join(sorted(_KINDS))}"
         )
-    vision = _vision_config(folder)
+    vision = read_vision_config(folder)
     preprocessing = _read_preprocessing(folder)
     if kind != "dinov2" and preprocessing.crop != vision.image_size:
         raise DataError(
@@ -174,21 +176,45 @@ def load_encoder(folder: Path, spec: EncoderSpec, device: torch.device | str = "
     Raises:
         DataError: the folder does not hold the encoder that `spec` describes, or lacks some of its weights.
     """
+    return VisionEncoder(spec, load_network(folder, spec), torch.device(device))
+
+
+def load_network(folder: Path, spec: EncoderSpec) -> nn.Module:
+    """The network of the encoder in a folder, float32 on CPU.
+
+    Raises:
+        DataError: as `load_encoder`.
+    """
     known = spec.info.revision if not spec.info.revision.startswith("sha256-") else None
     found = describe_encoder(folder, name=spec.info.name, revision=known)
     if found != spec:
         raise DataError(f"{folder} holds {found.info}, expected is {spec.info}: put the same files on every node")
-    network = _load_efficientnet(folder) if spec.kind == EFFICIENTNET_LITE0 else _load_tower(folder, spec.kind)
-    return VisionEncoder(spec, network, torch.device(device))
+    return _load_efficientnet(folder) if spec.kind == EFFICIENTNET_LITE0 else _load_tower(folder, spec.kind)
 
 
-def _describe_efficientnet(folder: Path, name: str, revision: str | None) -> EncoderSpec:
+def build_network(kind: str, config: Any) -> nn.Module:
+    """A network of fresh random weights.
+
+    Args:
+        kind: of an EncoderSpec.
+        config: transformers' configuration of the vision tower; EfficientNet-Lite0 takes none.
+    """
+    if kind == EFFICIENTNET_LITE0:
+        return EfficientNetLite0()
+    network: nn.Module = _tower_class(kind)._from_config(config)
+    return network
+
+
+def describe_random_efficientnet() -> EncoderSpec:
+    """EfficientNet-Lite0 that was never trained."""
+    return _describe_efficientnet(EFFICIENTNET_LITE0, "random", "random")
+
+
+def _describe_efficientnet(name: str, revision: str, weights: Literal["real", "random"]) -> EncoderSpec:
     preprocessing = EFFICIENTNET_PREPROCESSING
     side = preprocessing.crop // STRIDE
     return EncoderSpec(
-        info=EncoderInfo(
-            name=name, revision=revision or _folder_revision(folder), preprocessing=preprocessing.digest()
-        ),
+        info=EncoderInfo(name=name, revision=revision, preprocessing=preprocessing.digest(), weights=weights),
         kind="efficientnet-lite0",
         preprocessing=preprocessing,
         feature_width=WIDTH,
@@ -207,13 +233,17 @@ def _load_efficientnet(folder: Path) -> nn.Module:
     return network
 
 
-def _load_tower(folder: Path, kind: str) -> nn.Module:
-    """A vision tower out of safetensors; no pickle is opened and no code of the folder runs."""
+def _tower_class(kind: str) -> Any:
+    """transformers' class of a vision tower that yields what the table above says."""
     from transformers import CLIPVisionModelWithProjection, Dinov2Model, SiglipVisionModel
 
-    towers = {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
+    return {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}[kind]
+
+
+def _load_tower(folder: Path, kind: str) -> nn.Module:
+    """A vision tower out of safetensors; no pickle is opened and no code of the folder runs."""
     try:
-        network, report = towers[kind].from_pretrained(
+        network, report = _tower_class(kind).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -235,7 +265,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _vision_config(folder: Path) -> Any:
+def read_vision_config(folder: Path) -> Any:
     """transformers' configuration of the vision tower, also where it is a part of a model of images and texts."""
     from transformers import AutoConfig
 

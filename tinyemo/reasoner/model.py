@@ -1,0 +1,206 @@
+"""The reasoning model: images and text in, text out.
+
+Shape letters: B rows, T tokens, N images, S side of an image in pixels, P patches of an image, D patch width, H width
+of the language model, V vocabulary, A answer tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from tinyemo.conversation import IGNORED
+from tinyemo.errors import DataError
+from tinyemo.reasoner.config import ReasonerConfig
+from tinyemo.reasoner.connector import Connector
+from tinyemo.reasoner.towers import VisionTower
+
+
+@dataclass
+class ReasonerOutput(CausalLMOutputWithPast):
+    """Without labels, logits and cache as transformers has them; with labels, the loss alone.
+
+    Attributes:
+        loss: () float32, nats: `loss_sum` over the number of answer tokens, or over `num_items_in_batch`.
+        loss_sum: () float32, nats, over all answer tokens.
+        num_answer_tokens: () int64.
+        token_nats: (A,) float32, one for each answer token in reading order.
+    """
+
+    loss_sum: Tensor | None = None
+    num_answer_tokens: Tensor | None = None
+    token_nats: Tensor | None = None
+
+
+def find_answer_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """(B, T) bool: the positions whose next token is learned; where a packed record ends there is none.
+
+    Args:
+        labels: (B, T) int64, IGNORED where nothing is learned.
+        position_ids: (B, T) int64; 0 where a record begins.
+    """
+    positions = torch.zeros_like(labels, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:] != IGNORED
+    if position_ids is not None:
+        positions[:, :-1] &= position_ids[:, 1:] != 0
+    return positions
+
+
+def measure_answers(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    """(A,) float32 nats of each learned token.
+
+    Args:
+        logits: (A, V) float, at `positions` only.
+        labels: (B, T) int64.
+        positions: (B, T) bool, of `find_answer_positions`.
+    """
+    targets = labels.roll(-1, dims=1)[positions]
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class Reasoner(PreTrainedModel, GenerationMixin):
+    """Vision tower, connector and causal language model; the tower is always frozen."""
+
+    config_class = ReasonerConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - transformers declares it so
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ReasonerConfig,
+        *,
+        language_model: PreTrainedModel | None = None,
+        vision_tower: VisionTower | None = None,
+    ) -> None:
+        """Random weights, but for the parts that are given: those are taken as they are, never copied."""
+        super().__init__(config)
+        spec = config.encoder_spec
+        for part in (language_model, vision_tower):
+            for module in part.modules() if part is not None else ():
+                module._is_hf_initialized = True  # or post_init would draw its weights anew
+        self.vision_tower = vision_tower or VisionTower.build(spec.kind, config.vision_config)
+        self.connector = Connector(config.connector, spec.patch_width, config.get_text_config().hidden_size)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.generation_config = GenerationConfig.from_dict(self.language_model.generation_config.to_dict())
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
+
+    def get_decoder(self) -> nn.Module:
+        decoder: nn.Module = self.language_model.get_decoder()
+        return decoder
+
+    def image_embeds(self, pixel_values: Tensor) -> Tensor:
+        """(N, P, H) float of (N, 3, S, S) float normalised pixels; gradients reach the connector, never the tower."""
+        patches = self.vision_tower(pixel_values).patches
+        embeds: Tensor = self.connector(patches.to(self.get_input_embeddings().weight.dtype))
+        return embeds
+
+    def merge_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """(B, T, H) float: embeddings of the tokens, with the images' in place of the placeholders.
+
+        Args:
+            input_ids: (B, T) int64; an image is a run of P times `image_token_id`.
+            pixel_values: (N, 3, S, S) float, the images in reading order; None: there are none.
+
+        Raises:
+            DataError: there are not N * P placeholders.
+        """
+        places = input_ids == self.config.image_token_id
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        expected, found = num_images * self.config.num_image_tokens, int(places.sum())
+        if expected != found:
+            raise DataError(
+                f"{found} image placeholders in input_ids, but {num_images} images of "
+                f"{self.config.num_image_tokens} patches need {expected}"
+            )
+        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if num_images:
+            assert pixel_values is not None
+            images = self.image_embeds(pixel_values).to(embeds.dtype)
+            return embeds.masked_scatter(places[..., None], images)
+        if self.training and self.connector_is_trained():
+            # Every rank takes part in every parameter's collectives, also with a batch that has no image.
+            width = self.config.encoder_spec.patch_width
+            embeds = embeds + 0 * self.connector(embeds.new_zeros(1, 1, width)).sum()
+        return embeds
+
+    def connector_is_trained(self) -> bool:
+        """Whether any parameter of the connector takes gradients."""
+        return any(parameter.requires_grad for parameter in self.connector.parameters())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ReasonerOutput:
+        """Logits, or the loss where there are labels.
+
+        Args:
+            input_ids: (B, T) int64.
+            pixel_values: (N, 3, S, S) float, normalised as `config.vision` says, in reading order.
+            attention_mask: (B, T), 0 where padding stands; None for packed rows, whose records are told apart by
+                `position_ids`.
+            position_ids: (B, T) int64; starts at 0 in each packed record.
+            past_key_values: transformers' cache.
+            inputs_embeds: (B, T, H) float in place of `input_ids` and `pixel_values`.
+            labels: (B, T) int64, IGNORED where nothing is learned. The vocabulary is projected onto at answers alone.
+            use_cache: None is no: a cache would also hide the boundaries of packed records.
+            logits_to_keep: as transformers has it; without labels only.
+            num_items_in_batch: divides `loss_sum` in place of the number of answer tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.merge_images(input_ids, pixel_values)
+        positions = None
+        if labels is not None:
+            positions = find_answer_positions(labels, position_ids if attention_mask is None else None)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) and labels is None,
+            logits_to_keep=logits_to_keep if positions is None else positions,
+            **kwargs,
+        )
+        if labels is None or positions is None:
+            return ReasonerOutput(logits=outputs.logits, past_key_values=outputs.past_key_values)
+        nats = measure_answers(outputs.logits, labels, positions)
+        loss_sum, num_answer_tokens = nats.sum(), positions.sum()
+        divisor = num_answer_tokens if num_items_in_batch is None else num_items_in_batch
+        return ReasonerOutput(
+            loss=loss_sum / divisor, loss_sum=loss_sum, num_answer_tokens=num_answer_tokens, token_nats=nats
+        )
