@@ -23,7 +23,7 @@ from orchestration.datasets.manifest import FeatureManifest, load_manifest
 from orchestration.fit import Curve, PhaseState, read_curve, read_state
 
 DEADLINE_S = 400.0
-POLL_S = 0.05
+POLL_S = 0.2
 RUNS = "s3://tinyemo/runs"
 
 
