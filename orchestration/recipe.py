@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
 from orchestration.search.space import SearchConfig, space_problems
 from orchestration.streaming.feature_stream import DataConfig
 from orchestration.streaming.record_stream import RecordsConfig
+from orchestration.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
 from tinyemo.families import FAMILY
@@ -163,93 +164,15 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         ConfigError: all that is wrong with it, one line a field.
     """
     path = recipe_path(name_or_path)
-    try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error})") from error
+    content = read_toml(path)
     content.setdefault("name", path.stem)
-    problems = [problem for text in overrides or [] if (problem := _override(content, text))]
+    problems = lay_over(content, overrides or [], Recipe)
     return parse_recipe(content, source=str(path), problems=problems)
 
 
-def parse_recipe(content: dict[str, Any], *, source: str, problems: list[str] | None = None) -> Recipe:
+def parse_recipe(content: dict[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
     """The validated recipe of nested tables; every error at once, also those between sections."""
-    problems = list(problems or [])
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        problems += _describe(error)
-        # Field errors hide the checks over sections: look at those with the broken fields at their defaults.
-        try:
-            Recipe.model_validate(_without(content, [e["loc"] for e in error.errors() if e["loc"]]))
-        except ValidationError as rest:
-            problems += [line for line in _describe(rest) if line not in problems]
-    if problems or recipe is None:
-        raise ConfigError(
-            f"{source}: {len(problems)} error{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
-        )
-    return recipe
-
-
-def _override(content: dict[str, Any], text: str) -> str | None:
-    """Lay one `section.key=value` over the tables; the problem with it, if any."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        return f"--set {text}: needs the form section.key=value"
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
-    *tables, last = key.split(".")
-    table = content
-    for name in tables:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            return f"--set {text}: {name} is a value, not a section"
-    table[last] = parsed
-    return None
-
-
-def _describe(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "value_error" and not field:
-            lines += str(item["ctx"]["error"]).splitlines()
-        elif item["type"] == "extra_forbidden":
-            lines.append(f"{field}: no such key{_neighbours(item['loc'])}")
-        else:
-            lines.append(
-                f"{field}: {item['msg'].lower()}, got {item['input']!r}"
-                if item["type"] != "missing"
-                else f"{field}: is missing"
-            )
-    return lines
-
-
-def _neighbours(loc: tuple[int | str, ...]) -> str:
-    """The keys that the unknown key's section has."""
-    model: Any = Recipe
-    for part in loc[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return ""
-        model = field.annotation
-    return f"; the section has {', '.join(model.model_fields)}"
-
-
-def _without(content: dict[str, Any], locs: list[tuple[int | str, ...]]) -> dict[str, Any]:
-    """A copy of nested tables without the values at `locs`; a missing name is filled in."""
-    copy: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    for loc in locs:
-        table: Any = copy
-        for part in loc[:-1]:
-            table = table.get(part, {}) if isinstance(table, dict) else {}
-        if isinstance(table, dict):
-            table.pop(loc[-1], None)
-    copy.setdefault("name", "unnamed")
-    return copy
+    return parse_section(Recipe, content, source=source, problems=problems, required={"name": "unnamed"})
 
 
 def to_toml(recipe: Recipe) -> str:

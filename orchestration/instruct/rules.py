@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from orchestration.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
-from tinyemo.errors import ConfigError, DataError
+from tinyemo.errors import DataError
 
 Task = Literal["caption", "vqa", "sqa", "reasoning"]
 TASKS: tuple[Task, ...] = ("caption", "vqa", "sqa", "reasoning")
@@ -195,53 +195,6 @@ def load_rules(path: Path | None, overrides: list[str] | None = None) -> IngestR
     Raises:
         ConfigError: all that is wrong with them, one line a field.
     """
-    content: dict[str, Any] = {}
-    source = "rules" if path is None else str(path)
-    if path is not None:
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: no TOML file that can be read ({error})") from error
-    problems = [problem for text in overrides or [] if (problem := _override(content, text))]
-    try:
-        rules = IngestRules.model_validate(content)
-    except ValidationError as error:
-        problems += _describe(error)
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{source}: {len(problems)} error{'s' * (len(problems) > 1)}\n{lines}")
-    return rules
-
-
-def _override(content: dict[str, Any], text: str) -> str | None:
-    """Lay one `key=value` or `held_out.split=fraction` over the content; the problem with it, if any."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        return f"--set {text}: needs the form key=value"
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
-    name, dot, split = key.partition(".")
-    if not dot:
-        content[key] = parsed
-        return None
-    table = content.setdefault(name, IngestRules.model_fields[name].default if name in IngestRules.model_fields else {})
-    if not isinstance(table, dict):
-        return f"--set {text}: {name} is a value, not a table"
-    content[name] = table | {split: parsed}
-    return None
-
-
-def _describe(error: ValidationError) -> list[str]:
-    """One line for each field that is wrong."""
-    lines: list[str] = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "value_error":
-            lines += str(item["ctx"]["error"]).splitlines()
-        elif item["type"] == "extra_forbidden":
-            lines.append(f"{field}: no such rule; there are {', '.join(IngestRules.model_fields)}")
-        else:
-            lines.append(f"{field}: {item['msg'].lower()}, got {item['input']!r}")
-    return lines
+    content = {} if path is None else read_toml(path)
+    problems = lay_over(content, overrides or [], IngestRules)
+    return parse_section(IngestRules, content, source="rules" if path is None else str(path), problems=problems)
