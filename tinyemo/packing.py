@@ -28,8 +28,8 @@ class PackedBatch:
     Attributes:
         input_ids: (1, T) int64.
         labels: (1, T) int64; a record's first token is IGNORED, for the token before it is another record's.
-        position_ids: (1, T) int64, from 0 again at each record. transformers lets no token see another record's where
-            it gets these and no attention mask.
+        position_ids: (1, T) int64, from 0 again at each record. Where it gets these, no attention mask and no cache
+            (`use_cache=False`, which is not its default), transformers lets no token see another record's.
         num_answer_tokens: labels that count.
     """
 
