@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from record_files import record, write_records
 
 from orchestration import storage
@@ -25,7 +27,10 @@ from orchestration.streaming.record_stream import (
 )
 from tinyemo.conversation import IGNORED, IMAGE_TOKEN_ID
 from tinyemo.embedding_tables import open_tokenizer
+from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, DataError, StorageError, TrainingError
+from tinyemo.packing import micro_batches, pack
+from tinyemo.vision import read_pixels
 
 NUM_RECORDS = 131
 BATCH = 12
@@ -45,7 +50,14 @@ def dataset(s3_root: str) -> str:
 
 
 def make_plan(
-    *datasets: str, world_size: int = 2, epochs: float = 2, seed: int = 3, batch: int = BATCH, **config: Any
+    *datasets: str,
+    world_size: int = 2,
+    epochs: float = 2,
+    seed: int = 3,
+    batch: int = BATCH,
+    preprocessing: Preprocessing | None = None,
+    image_tokens: int | None = None,
+    **config: Any,
 ) -> RecordPlan:
     settings = {"tokenizer": "", "image_size": 16, "shuffle_pool_rows": 36} | config
     return plan_records(
@@ -55,6 +67,8 @@ def make_plan(
         global_batch_size=batch,
         num_epochs=epochs,
         world_size=world_size,
+        preprocessing=preprocessing,
+        image_tokens=image_tokens,
     )
 
 
@@ -150,11 +164,100 @@ def test_pixels_and_texts_are_those_of_the_record(dataset: str, smollm2_file: Pa
     assert seen == NUM_RECORDS
 
 
+TOWERS = [
+    Preprocessing(resize="shortest_edge", size=24, crop=16, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)),
+    Preprocessing(resize="exact", size=18, crop=18, interpolation="lanczos", mean=(0, 0, 0), std=(1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("preprocessing", TOWERS, ids=lambda one: one.resize)
+def test_a_towers_pixels_are_the_same_whoever_decodes(s3_root: str, preprocessing: Preprocessing) -> None:
+    """To the last bit those that the encoder reads when the run is over, also of a JPEG far larger than they are."""
+    images = [noisy_picture(number) for number in range(BATCH)]
+    write_records(s3_root, [record(number, image=image) for number, image in enumerate(images)], name="noisy")
+    found = {}
+    for decode in ("reader", "worker"):
+        plan = make_plan(f"{s3_root}/noisy", preprocessing=preprocessing, decode=decode, epochs=1, image_size=99)
+        batches = [batch for batches in read_all(plan) for batch in batches]
+        found[decode] = {
+            one: pixels for batch in batches for one, pixels in zip(batch.ids, batch.pixel_values, strict=True)
+        }
+    assert len(found["reader"]) == BATCH
+    for number, image in enumerate(images):
+        expected = torch.from_numpy(read_pixels(image, preprocessing).copy())
+        assert expected.shape == (preprocessing.crop, preprocessing.crop, 3)
+        for pixels in found.values():
+            assert torch.equal(pixels[f"r{number:05d}"], expected)
+
+
+def noisy_picture(number: int) -> bytes:
+    """A JPEG in which every pixel counts."""
+    pixels = np.random.default_rng(number).integers(0, 256, (90 + number, 140, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def test_the_records_task_and_the_tower_decide_the_prompt(s3_root: str, smollm2_file: Path) -> None:
+    """A question stays, a caption's does not; an image has as many placeholders as the tower has patches."""
+    tasks = ["caption", "vqa", "sqa", "reasoning"]
+    write_records(s3_root, [record(number, task=tasks[number % 4]) for number in range(BATCH)], name="tasks")
+    plan = make_plan(f"{s3_root}/tasks", tokenizer=str(smollm2_file), epochs=1, image_tokens=7)
+    assert plan.config.image_tokens == 1
+    text_of = open_tokenizer(smollm2_file)
+    seen = 0
+    for batch in [batch for batches in read_all(plan) for batch in batches]:
+        assert batch.tokens is not None
+        for one, (input_ids, labels) in zip(batch.ids, batch.tokens, strict=True):
+            seen += 1
+            assert input_ids.tolist()[:7] == [IMAGE_TOKEN_ID] * 7
+            asked = text_of.decode(input_ids[7:][labels[7:] == IGNORED].tolist())
+            assert asked == ("" if tasks[int(one[1:]) % 4] == "caption" else "Describe the image.\n")
+    assert seen == BATCH
+
+
+def test_parts_of_a_batch_hold_its_records_in_order(dataset: str, smollm2_file: Path) -> None:
+    """Micro-batches: padded on their own, and rows that are not real learn nothing in any form."""
+    plan = make_plan(dataset, tokenizer=str(smollm2_file), template="chatml", epochs=1, tail="pad", world_size=1)
+    [*_, last] = read_all(plan)[0]
+    parts = [last.part(rows) for rows in micro_batches(len(last.ids), 5)]
+    assert [one for part in parts for one in part.ids] == last.ids
+    assert torch.equal(torch.cat([part.pixel_values for part in parts]), last.pixel_values)
+    assert torch.equal(torch.cat([part.is_real for part in parts]), last.is_real)
+    assert last.tokens is not None
+    tokens = [pair for part in parts for pair in part.tokens or []]
+    assert all(torch.equal(ours, theirs) for pair, other in zip(tokens, last.tokens, strict=True)
+               for ours, theirs in zip(pair, other, strict=True))  # fmt: skip
+    real = [pair for pair, is_real in zip(last.tokens, last.is_real.tolist(), strict=True) if is_real]
+    assert 0 < len(real) == NUM_RECORDS % BATCH
+    assert pack(last.tokens).num_answer_tokens == pack(real).num_answer_tokens > 0
+    assert last.padded is not None
+    assert last.padded.num_answer_tokens == pack(real).num_answer_tokens
+    assert parts[0].input_ids is not None
+    assert parts[0].input_ids.shape[1] == max(len(ids) for ids, _ in last.tokens[:5])
+
+
+def test_a_record_that_cannot_be_used_is_named(s3_root: str, dataset: str, smollm2_file: Path) -> None:
+    """In the reading task, and in the rank that decodes."""
+    plan = make_plan(dataset, tokenizer=str(smollm2_file), template="chatml", max_length=8)
+    with pytest.raises(DataError, match=r"record 'r00\d\d\d' has no answer left within records\.max_length 8 of its"):
+        read_all(plan)
+    rows = [record(number) for number in range(BATCH)]
+    rows[3]["image"] = rows[3]["image"][:60]
+    write_records(s3_root, rows, name="torn")
+    for preprocessing in (None, TOWERS[0]):
+        for decode in ("reader", "worker"):
+            with pytest.raises(DataError, match=r"record 'r00003': .*60 bytes are no"):
+                read_all(make_plan(f"{s3_root}/torn", epochs=1, decode=decode, preprocessing=preprocessing))
+
+
 def test_a_window_of_decoded_images_fits_into_the_object_store(dataset: str) -> None:
     """4,096 pictures of 224 pixels are 617 MB decoded; drawn ones are 200 bytes as files."""
     decoded = make_plan(dataset, decode="reader", image_size=224)
     assert decoded.window_rows * 3 * 224 * 224 <= 96 * 2**20 < (decoded.window_rows + 1) * 3 * 224 * 224
     assert make_plan(dataset).window_rows > 100_000
+    tower = make_plan(dataset, decode="reader", preprocessing=TOWERS[0], image_size=224)
+    assert tower.window_rows * 3 * 16 * 16 <= 96 * 2**20 < (tower.window_rows + 1) * 3 * 16 * 16
     small = make_plan(dataset, decode="reader", image_size=1200, epochs=1)
     assert {window.last - window.first for window in small.windows(0)} == {1}
 
