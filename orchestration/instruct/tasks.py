@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +21,8 @@ from orchestration.instruct.images import inspect_image, path_under_root, read_a
 from orchestration.instruct.records import RawRecord, Staged, read_chunk
 from orchestration.instruct.rules import IngestRules, Layout, Reason, RejectedRecordError
 from orchestration.instruct.validation import Record, check_record, claimed, parse_document, reject
-from orchestration.streaming.ordered_stream import quiet_ray_data
-from tinyemo import errors
-from tinyemo.errors import DataError, PlatformError, TinyEmoError
-
-MAX_RETRIES = 3
-"""Times a task runs again that lost its worker."""
+from orchestration.streaming.unordered_tasks import MAX_RETRIES, guarded, run_unordered
+from tinyemo.errors import DataError
 
 SHARD_OPTIONS: dict[str, Any] = {
     # JPEG, PNG and WebP do not shrink; the other columns are words.
@@ -293,37 +288,11 @@ def _unpack(row: dict[str, Any]) -> ShardWork:
 
 
 def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """What the tasks return, one task an item and one CPU a task, in no order; an error of ours in one comes out."""
-    import ray.data
-    import ray.exceptions
+    """What the tasks return, one task an item and one CPU a task, in no order."""
 
-    def guarded(batch: pa.Table) -> pa.Table:
-        # Raised, it would reach the driver as Ray Data's own error, without ours inside.
-        try:
-            return work(batch)
-        except TinyEmoError as error:
-            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
-            return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}])
+    def run(batch: pa.Table) -> pa.Table:
+        return guarded(work, batch)
 
-    quiet_ray_data()
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    with warnings.catch_warnings():
-        # Ray Data's own limit is none: an image that kills its worker would be tried for ever. 2.60 calls this way of
-        # setting it deprecated and has no other yet.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-        results = dataset.map_batches(
-            guarded, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
-        )  # fmt: skip
-    try:
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            if "failure" in table.column_names:
-                failure = table.to_pylist()[0]
-                raise getattr(errors, failure["failure"])(failure["message"])
-            yield table
-    except ray.exceptions.RayTaskError:
-        raise  # a defect of ours, with its traceback
-    except ray.exceptions.RayError as error:
-        raise PlatformError(
-            f"Ray lost a task for good ({type(error).__name__}; {MAX_RETRIES} retries where its worker died): "
-            "see the logs in the Ray dashboard, then run the same command again"
-        ) from error
+    return run_unordered(
+        items, run, worker="a task", advice="run the same command again", num_cpus=1, max_retries=MAX_RETRIES
+    )

@@ -25,12 +25,12 @@ from orchestration.datasets.manifest import InstructManifest
 from orchestration.datasets.shards import parquet_bytes
 from orchestration.datasets.validation import Rejection
 from orchestration.streaming.record_sets import RecordSet, read_records
+from orchestration.streaming.unordered_tasks import guarded
 from orchestration.vision.encoder_sources import EncoderChoice, open_choice
 from orchestration.vision.image_plan import ImageReason, Part
-from tinyemo import errors
 from tinyemo.config import Section
 from tinyemo.encoders import EncoderSpec, parquet_metadata
-from tinyemo.errors import DataError, TinyEmoError
+from tinyemo.errors import DataError
 from tinyemo.taxonomies import label_id
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
 
 NOTES = ".parts"
 """Folder, inside a version that is not whole yet, of one JSON note per part that is done."""
-
-
-DONE_SCHEMA = pa.schema(
-    [("part", pa.string()), ("images", pa.int64()), ("failure", pa.string()), ("message", pa.string())]
-)
-"""What an actor says of its work: a part and its images, or the kind of an error of ours and its message."""
 
 
 class PoolConfig(Section):
@@ -88,17 +82,15 @@ class PartEncoder:
         self.encoder: VisionEncoder | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """DONE_SCHEMA: the parts in the batch, which are stored when this returns, or what one of them failed with."""
+        """Part and images of each part in the batch, which are stored when this returns; through `guarded`."""
+        # The encoder too is opened here: an error of ours in __init__ would not come out as itself.
+        return guarded(self._encode, batch)
+
+    def _encode(self, batch: pa.Table) -> pa.Table:
         parts = [Part.unpack(row) for row in batch.to_pylist()]
-        # Raised, an error would reach the driver as Ray Data's own, without ours inside; so would one of __init__.
-        try:
-            for part in parts:
-                encode_part(self.job, self._open(), part)
-        except TinyEmoError as error:
-            kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
-            return pa.Table.from_pylist([{"failure": kind.__name__, "message": str(error)}], DONE_SCHEMA)
-        done = [{"part": part.name, "images": len(part.ids)} for part in parts]
-        return pa.Table.from_pylist(done, DONE_SCHEMA)
+        for part in parts:
+            encode_part(self.job, self._open(), part)
+        return pa.table({"part": [part.name for part in parts], "images": [len(part.ids) for part in parts]})
 
     def _open(self) -> VisionEncoder:
         if self.encoder is None:

@@ -15,7 +15,6 @@ import json
 import logging
 import secrets
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,19 +47,15 @@ from orchestration.datasets.versions import (
     publish,
 )
 from orchestration.interruption import sigterm_interrupts
-from orchestration.streaming.ordered_stream import quiet_ray_data
+from orchestration.streaming.unordered_tasks import MAX_RETRIES, run_unordered
 from orchestration.vision.encode_parts import FeatureJob, PartEncoder, PoolConfig, forget_notes, read_notes
 from orchestration.vision.encoder_sources import EncoderChoice, describe_choice
 from orchestration.vision.image_plan import ImagePlan, ImageReason, Part, plan_images, read_image_columns
-from tinyemo import errors
 from tinyemo.encoders import EncoderSpec
-from tinyemo.errors import ConfigError, DataError, PlatformError
+from tinyemo.errors import ConfigError, DataError
 from tinyemo.taxonomies import label_id
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRIES = 3
-"""Restarts of an actor, and tries of a part, where a worker dies."""
 
 
 @dataclass(frozen=True)
@@ -175,38 +170,21 @@ def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tupl
 def _run_pool(job: FeatureJob, parts: list[Part], num_actors: int, num_gpus: float) -> Iterator[int]:
     """Images of a part, as parts get done, in no order; an error of ours in an actor comes out."""
     import ray.data
-    import ray.exceptions
 
-    quiet_ray_data()
-    dataset = ray.data.from_items([part.pack() for part in parts], override_num_blocks=len(parts))
-    with warnings.catch_warnings():
-        # Ray Data's own limits are none: an image that kills its actor would be tried for ever. 2.60 calls this way of
-        # setting them deprecated and has no other yet.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-        encoded = dataset.map_batches(
-            PartEncoder,
-            fn_constructor_args=(job, "cuda" if num_gpus else "cpu"),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_cpus=job.pool.cpus_per_actor,
-            num_gpus=num_gpus,
-            max_restarts=MAX_RETRIES,
-            max_task_retries=MAX_RETRIES,
-        )
-    try:
-        for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in table.to_pylist():
-                if row["failure"] is not None:
-                    raise getattr(errors, row["failure"])(row["message"])
-                yield row["images"]
-    except ray.exceptions.RayTaskError:
-        raise  # a defect of ours, with its traceback
-    except ray.exceptions.RayError as error:
-        raise PlatformError(
-            f"Ray lost an actor for good ({type(error).__name__}; {MAX_RETRIES} restarts): see the logs in the Ray "
-            "dashboard, then run the same command again, which goes on from the parts that are done"
-        ) from error
+    done = run_unordered(
+        [part.pack() for part in parts],
+        PartEncoder,
+        worker="an actor",
+        advice="run the same command again, which goes on from the parts that are done",
+        fn_constructor_args=(job, "cuda" if num_gpus else "cpu"),
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=job.pool.cpus_per_actor,
+        num_gpus=num_gpus,
+        max_restarts=MAX_RETRIES,
+        max_task_retries=MAX_RETRIES,
+    )
+    for table in done:
+        yield from table["images"].to_pylist()
 
 
 def _gpus_per_actor(pool: PoolConfig, resources: dict[str, float]) -> float:
