@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,7 +166,7 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTra
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{folder} holds no language model that can be loaded: {reason}") from error
     if model.config.model_type not in LANGUAGE_MODELS:

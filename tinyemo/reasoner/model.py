@@ -6,6 +6,7 @@ of the language model, V vocabulary, A answer tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,25 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig.from_dict(self.language_model.generation_config.to_dict())
         self.post_init()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reasoner:
+        """Moves and casts, as DeepSpeed does for bf16, but float32 buffers that no file holds stay float32.
+
+        These are rotary frequencies. Rounded to bf16 they turn the token at position 500 by more than a radian too far,
+        and an export, which computes them anew, would no longer be the model that was trained.
+        """
+        kept = {
+            (module, name): buffer
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.dtype == torch.float32
+        }
+        super()._apply(fn, recurse=recurse)
+        for (module, name), buffer in kept.items():
+            cast = module.get_buffer(name)
+            if cast.dtype != torch.float32:
+                setattr(module, name, buffer.to(cast.device))
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.language_model.get_input_embeddings()
         return embeddings
@@ -110,6 +130,10 @@ class Reasoner(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         decoder: nn.Module = self.language_model.get_decoder()
         return decoder
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The language model's layers, from the input on."""
+        return list(self.language_model.get_decoder().layers)
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
         """(N, P, H) float of (N, 3, S, S) float normalised pixels; gradients reach the connector, never the tower."""
