@@ -1,4 +1,4 @@
-"""The only module that knows DeepSpeed: a projector becomes an engine, an engine becomes a checkpoint and back."""
+"""The only module that knows DeepSpeed: a model becomes an engine, an engine becomes a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class EngineConfig(Section):
     """Compute type; auto takes bf16 on a GPU and fp32 on a CPU, and says so."""
     bucket_elements: PositiveInt = 16_777_216
     """Elements of one communication bucket; DeepSpeed's own 5e8 costs gigabytes a rank."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state lives while it is not needed: beside the model, or in the host's memory (ZeRO 1 to 3)."""
 
 
 class OptimizerConfig(Section):
@@ -81,6 +83,38 @@ def build_engine(
     world_size: int,
 ) -> Engine:
     """A DeepSpeed engine over the initialised process group, with the published optimizer and schedule."""
+    return start_engine(
+        model,
+        engine,
+        build_optimizer(model, optimizer),
+        build_schedule(optimizer, num_steps),
+        global_batch_size=global_batch_size,
+        micro_batch_size=global_batch_size // world_size,
+        world_size=world_size,
+    )
+
+
+def start_engine(
+    model: nn.Module,
+    engine: EngineConfig,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[torch.optim.Optimizer], Any],
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+) -> Engine:
+    """A DeepSpeed engine over the initialised process group.
+
+    Args:
+        model: whose frozen parameters have requires_grad off; they are in no parameter group and in no checkpoint.
+        engine: how it shards and computes.
+        optimizer: over the parameters that are trained.
+        schedule: stepped once an optimizer step.
+        global_batch_size: micro_batch_size * world_size * the micro-batches of a step.
+        micro_batch_size: samples of one forward pass on one rank.
+        world_size: ranks.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -94,9 +128,9 @@ def build_engine(
         logger.info("computing in %s on %s, ZeRO stage %d", dtype, _device_name(), engine.zero_stage)
     built, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, optimizer),
-        lr_scheduler=build_schedule(optimizer, num_steps),
-        config=_deepspeed_config(engine, dtype, global_batch_size, world_size),
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=_deepspeed_config(engine, dtype, global_batch_size, micro_batch_size, world_size),
         dist_init_required=False,
     )
     return built
@@ -107,17 +141,20 @@ def _device_name() -> str:
 
 
 def _deepspeed_config(
-    engine: EngineConfig, dtype: torch.dtype, global_batch_size: int, world_size: int
+    engine: EngineConfig, dtype: torch.dtype, global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer == "cpu" else {}
     return {
         "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": global_batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world_size),
         # DeepSpeed 0.19.8 clips at 1.0 unless told; the published schedule does not clip.
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "zero_allow_untested_optimizer": True,
+        # Ours is torch's AdamW, fused, also where its state lies in the host's memory.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.bucket_elements,
@@ -128,6 +165,7 @@ def _deepspeed_config(
             # Copying gradients into one buffer costs more than it saves where there is nothing to overlap it with.
             "contiguous_gradients": engine.zero_stage == 3,
             "overlap_comm": False,
+            **offload,
         },
     }
 
@@ -147,10 +185,39 @@ def train_step(engine: Engine, loss: Tensor) -> None:
     engine.step()
 
 
+def accumulate(engine: Engine, loss: Tensor, *, is_last: bool, before_step: Callable[[], None]) -> None:
+    """The backward pass of one micro-batch; behind the last one of a step, the optimizer step.
+
+    DeepSpeed averages over ranks and nothing else here: sums over micro-batches and ranks want `world_size` times
+    themselves.
+
+    Args:
+        engine: with as many micro-batches a step as it was started with.
+        loss: () of this micro-batch.
+        is_last: of this step on this rank.
+        before_step: called between the last backward pass and the step; what it raises leaves the weights alone.
+    """
+    engine.backward(loss, scale_wrt_gas=False)
+    if is_last:
+        before_step()
+    engine.step()
+
+
 def save_engine(engine: Engine, folder: Path) -> None:
-    """Write this rank's part of the engine to its own folder; every rank calls it."""
+    """Write this rank's part of the engine to its own folder, frozen parameters left out; every rank calls it."""
     (folder / TAG).mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    # DeepSpeed's own exclusion forgets the second name of a tied weight, the largest one of a small model.
+    hook = engine.module.register_state_dict_post_hook(_drop_frozen)
+    try:
+        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        hook.remove()
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(f"{prefix}{name}", None)
 
 
 def load_engine(engine: Engine, folder: Path) -> None:
@@ -166,7 +233,8 @@ def load_engine(engine: Engine, folder: Path) -> None:
             f"the checkpoint was written by {parts} workers and the run has {world_size}; "
             f"resume with workers.num_workers={parts}"
         )
-    path, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    is_whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=is_whole)
     if path is None:
         raise TrainingError(f"the checkpoint in {folder} holds no engine; resume from an older one or start anew")
 
@@ -185,6 +253,24 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
             name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
             for name, value in module.state_dict().items()
         }
+
+
+def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
+    """The parameters that are trained, whole, on CPU in fp32, on rank 0; empty on the others; every rank calls it.
+
+    They are gathered one by one, so that no rank ever holds more than one of them beside its own part.
+    """
+    import deepspeed
+
+    is_sharded, is_first = engine.zero_optimization_stage() == 3, torch.distributed.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+            if is_first:
+                found[name] = parameter.detach().float().cpu().clone()
+    return found
 
 
 def optimizer_state_bytes(engine: Engine) -> int:

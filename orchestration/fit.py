@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -25,10 +25,8 @@ from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
-from orchestration.streaming.loop import StreamJob
 from orchestration.streaming.ordered_stream import configure_ray_data
 from orchestration.tracking import RunLogger
-from orchestration.training.loop import TrainJob
 from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -128,6 +126,7 @@ class ReportCallback(UserCallback):
         curve: Curve = [(int(point.pop("step")), point) for point in report.pop("curve", [])]
         if not is_final:
             curve.append((step, {k: float(v) for k, v in report.items() if k.startswith(("val/", "train/"))}))
+        if curve:
             storage.write_json(f"{self.folder}/curve/{curve[0][0]:09d}.json", curve)
         state = PhaseState(self.folder, f"s3://{checkpoint.path}", step, is_final, report)
         storage.write_json(f"{self.folder}/latest.json", asdict(state))
@@ -139,7 +138,14 @@ class ReportCallback(UserCallback):
                 logger.warning("this part of the curve is not in MLflow: %s", error)
 
 
-Job = TrainJob | StreamJob
+if TYPE_CHECKING:
+    # A phase knows no job from inside: a projector's run need not wait for what a language model's imports.
+    from orchestration.reasoning.evaluate import EvaluateJob
+    from orchestration.reasoning.loop import StageJob
+    from orchestration.streaming.loop import StreamJob
+    from orchestration.training.loop import TrainJob
+
+    Job = TrainJob | StreamJob | StageJob | EvaluateJob
 Loop = Callable[[dict[str, Any]], None]
 
 
@@ -203,7 +209,7 @@ def _run_attempt(job: Job, loop: Loop, callback: ReportCallback) -> None:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
             callbacks=[callback],
         ),
-        datasets={"samples": job.dataset()},
+        datasets=job.datasets(),
         dataset_config=data_config,
     )
     with _interruptible():

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from orchestration.engine import EngineConfig, OptimizerConfig
+from orchestration.reasoning.config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
 from orchestration.search.space import SearchConfig, space_problems
 from orchestration.streaming.feature_stream import DataConfig
 from orchestration.streaming.record_stream import RecordsConfig
@@ -90,6 +91,10 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     family: FamilyConfig = FamilyConfig()
     search: SearchConfig = SearchConfig()
+    reasoner: ReasonerSource = ReasonerSource()
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], StageConfig] = Field({})
+    """Stages of the reasoning model's training, in this order; a recipe without any trains a projector."""
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _check_sections_against_each_other(self) -> Self:
@@ -100,9 +105,9 @@ class Recipe(Section):
 
     def conflicts(self) -> list[str]:
         """What two fields say that cannot both be, one line each."""
-        found = []
+        found = stage_problems(self.stages, self.reasoner, self.workers.num_workers)
         batch, workers = self.train.global_batch_size, self.workers.num_workers
-        if batch % workers:
+        if batch % workers and not self.stages:
             found.append(
                 f"train.global_batch_size: {batch} does not divide by workers.num_workers {workers}; "
                 f"{batch - batch % workers or workers} or {batch - batch % workers + workers} would"
@@ -137,6 +142,8 @@ class Recipe(Section):
         content = self.model_dump(
             mode="json", exclude={"experiment": True, "checkpoint": True, "workers": {"max_failures"}}
         )
+        # Tables have no order of their own in JSON, and stages do.
+        content["stages"] = list(content["stages"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -38,9 +38,9 @@ class StreamJob:
     resume_from: str | None = None
     start_step: int = 0
 
-    def dataset(self) -> ray.data.Dataset:
+    def datasets(self) -> dict[str, ray.data.Dataset]:
         """The records from `start_step` on."""
-        return build_record_dataset(self.plan, self.start_step)
+        return {"samples": build_record_dataset(self.plan, self.start_step)}
 
 
 def stream_loop_per_worker(config: dict[str, Any]) -> None:

@@ -55,9 +55,9 @@ class TrainJob:
     resume_from: str | None = None
     start_step: int = 0
 
-    def dataset(self) -> ray.data.Dataset:
+    def datasets(self) -> dict[str, ray.data.Dataset]:
         """The samples from `start_step` on."""
-        return build_dataset(self.plan, self.start_step)
+        return {"samples": build_dataset(self.plan, self.start_step)}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def describe_choice(choice: EncoderChoice) -> EncoderSpec:
     """
     from tinyemo.vision import describe_encoder
 
-    folder = _fetch(choice, CONFIG_FILES)
+    folder = fetch(choice, CONFIG_FILES)
     return describe_encoder(folder, name=_public_name(choice), revision=choice.revision)
 
 
@@ -70,7 +70,7 @@ def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str) -> Vision
     """
     from tinyemo.vision import load_encoder
 
-    return load_encoder(_fetch(choice, CONFIG_FILES + WEIGHT_FILES), spec, device)
+    return load_encoder(fetch(choice, CONFIG_FILES + WEIGHT_FILES), spec, device)
 
 
 def _public_name(choice: EncoderChoice) -> str:
@@ -78,7 +78,7 @@ def _public_name(choice: EncoderChoice) -> str:
     return Path(choice.name).name if Path(choice.name).is_absolute() else choice.name
 
 
-def _fetch(choice: EncoderChoice, patterns: tuple[str, ...]) -> Path:
+def fetch(choice: EncoderChoice, patterns: tuple[str, ...]) -> Path:
     """A folder with the encoder's files of these patterns."""
     if choice.name == EFFICIENTNET_LITE0:
         return get_asset(EFFICIENTNET_LITE0)

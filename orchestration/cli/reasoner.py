@@ -1,0 +1,87 @@
+"""`tinyemo train` with a recipe of stages: what it would read, how it goes, what came of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from orchestration.cli.train import stoppable
+
+if TYPE_CHECKING:
+    from orchestration.fit import PhaseState
+    from orchestration.reasoning.job import ReasonerResult
+    from orchestration.recipe import Recipe
+
+
+def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
+    """Train the reasoning model of a recipe, or show what would be read."""
+    if dry_run:
+        _show_plan(recipe, as_json)
+        return
+    from orchestration.reasoning import job
+
+    with stoppable():
+        result = job.train_reasoner(recipe, on_report=None if as_json else _show_report)
+    _show_result(result, as_json)
+
+
+def _show_plan(recipe: Recipe, as_json: bool) -> None:
+    from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.reasoning.weights import describe_sources
+    from orchestration.recipe import to_toml
+
+    sources = describe_sources(recipe)
+    plan = prepare_reasoning(recipe, sources.encoder)
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "recipe_digest": recipe.digest(),
+        "llm": f"{sources.llm_name} ({sources.llm_weights} weights)",
+        "vision_tower": str(sources.encoder.info),
+        "image_tokens": sources.image_tokens,
+        "optimizer_steps": {name: stage.num_steps for name, stage in plan.stages.items()},
+        "records_per_epoch": {name: stage.steps.samples_per_epoch for name, stage in plan.stages.items()},
+        "validation_records": plan.validation.steps.samples_per_epoch if plan.validation else 0,
+        "test_records": plan.test.steps.samples_per_epoch if plan.test else 0,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts | {"recipe": recipe.model_dump(mode="json")}, indent=1))
+        return
+    typer.echo(to_toml(recipe))
+    for key, value in facts.items():
+        typer.echo(f"{key:24}{value}")
+    typer.echo("nothing was started (--dry-run)")
+
+
+def _show_report(stage: str, state: PhaseState) -> None:
+    metrics = state.metrics
+    shown = ", ".join(
+        f"{name} {metrics[name]:,.4g}" for name in ("loss", "val_loss", "tokens_per_s") if name in metrics
+    )
+    typer.echo(f"  {stage}: step {state.step}, {shown}", err=True)
+
+
+def _show_result(result: ReasonerResult, as_json: bool) -> None:
+    from orchestration.reasoning.export import WARNINGS, evaluation_lines
+
+    if as_json:
+        typer.echo(json.dumps(asdict(result), indent=1))
+        return
+    for name in ("llm_weights", "vision_weights"):
+        if getattr(result, name) == "random":
+            typer.echo(WARNINGS[name])
+    for kind in result.answers.split(","):
+        if kind in WARNINGS:
+            typer.echo(WARNINGS[kind])
+    for name, stage in result.stages.items():
+        validation = "-" if stage["val_loss"] is None else f"{stage['val_loss']:.4f}"
+        typer.echo(
+            f"{name}: {stage['num_steps']} steps, loss {stage['first_loss']:.4f} -> {stage['last_loss']:.4f}, "
+            f"validation {validation}, {stage['tokens_per_s']:,.0f} tokens/s, {stage['duration_s']:.0f} s"
+        )
+    for line in evaluation_lines(result.evaluation):
+        typer.echo(line)
+    typer.echo(f"model: {result.model} (tinyemo explain IMAGE --model {result.model})")
+    typer.echo(f"{result.name}: {result.run_url}")

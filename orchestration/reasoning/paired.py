@@ -1,0 +1,86 @@
+"""Whether an answer is likelier with its own image: pairs of losses, and images that belong to another record.
+
+Shape letters: N records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """How much lower the first loss of each pair is than the second.
+
+    Attributes:
+        num_pairs: N.
+        mean_first: nats a token, mean over pairs.
+        mean_second: nats a token, mean over pairs.
+        mean_difference: second less first; above 0 where the first is lower.
+        share_lower: of the pairs, how many have the first strictly lower, in [0, 1].
+        p_wilcoxon: of Wilcoxon's signed-rank test, one-sided for "the first is lower"; 1 where all pairs are equal.
+        p_t: of the paired t-test, one-sided likewise; 1 where it is not defined.
+    """
+
+    num_pairs: int
+    mean_first: float
+    mean_second: float
+    mean_difference: float
+    share_lower: float
+    p_wilcoxon: float
+    p_t: float
+
+
+def paired_test(first: NDArray[np.float64], second: NDArray[np.float64]) -> PairedTest:
+    """The two losses of each of N records held against each other.
+
+    Args:
+        first: (N,) nats a token.
+        second: (N,) likewise, of the same records.
+    """
+    from scipy import stats
+
+    difference = second - first
+    is_flat = not difference.any()
+    p_t = 1.0 if len(first) < 2 or is_flat else float(stats.ttest_rel(first, second, alternative="less").pvalue)
+    return PairedTest(
+        num_pairs=len(first),
+        mean_first=float(first.mean()),
+        mean_second=float(second.mean()),
+        mean_difference=float(difference.mean()),
+        share_lower=float((difference > 0).mean()),
+        p_wilcoxon=1.0 if is_flat else float(stats.wilcoxon(first, second, alternative="less").pvalue),
+        p_t=1.0 if math.isnan(p_t) else p_t,
+    )
+
+
+def mean_by_group(values: NDArray[np.float64], groups: Sequence[str]) -> NDArray[np.float64]:
+    """The mean of the values of each group, groups in alphabetical order: records of one photograph are no independent
+    draws, their means are."""
+    names, place = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(place, weights=values, minlength=len(names)) / np.bincount(place, minlength=len(names))
+
+
+def other_images(images: Sequence[str]) -> NDArray[np.int64]:
+    """For each record the place of a record with another image; each record's image is handed out once.
+
+    Records are put in the order of their images and that order is turned by the size of the largest group.
+
+    Args:
+        images: N names of images; no more than half of them may be the same.
+
+    Raises:
+        ValueError: one image has more than half of the records, so that no such assignment exists.
+    """
+    order = np.argsort(np.asarray(images), kind="stable")
+    largest = int(np.unique(np.asarray(images), return_counts=True)[1].max())
+    if 2 * largest > len(images):
+        raise ValueError(f"{largest} of {len(images)} records have one image: there are not enough others to swap with")
+    found = np.empty(len(images), dtype=np.int64)
+    found[order] = np.roll(order, -largest)
+    return found

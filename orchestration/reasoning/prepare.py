@@ -1,0 +1,107 @@
+"""What is known of a run over the reasoning model before a worker starts: every stage's records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestration.reasoning.config import StageConfig
+from orchestration.recipe import Recipe
+from orchestration.streaming.record_sets import RecordSet, open_record_set
+from orchestration.streaming.record_stream import RecordPlan, plan_records
+from tinyemo.encoders import EncoderSpec
+from tinyemo.errors import ConfigError, DataError
+
+EVALUATION_BATCH = 16
+"""Records that a rank measures together."""
+
+
+@dataclass(frozen=True)
+class ReasoningPlan:
+    """A recipe with what it will read.
+
+    Attributes:
+        stages: records of each stage, by its name, in order.
+        validation: records that each stage is measured on after an epoch; None where the data have no such split.
+        test: records of the evaluation, read once; None likewise.
+    """
+
+    recipe: Recipe
+    stages: dict[str, RecordPlan]
+    validation: RecordPlan | None
+    test: RecordPlan | None
+
+    def digests(self) -> dict[str, list[str]]:
+        """Of each stage's manifests."""
+        return {name: [part.manifest.digest for part in plan.sets] for name, plan in self.stages.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's name stands for: another value is another run."""
+        return {"recipe": self.recipe.digest(), "data": self.digests()}
+
+
+def prepare_reasoning(recipe: Recipe, encoder: EncoderSpec) -> ReasoningPlan:
+    """The plans of a recipe's stages; manifests are read, no shard is and no worker started.
+
+    Raises:
+        ConfigError: all that does not fit together, one line a field.
+        StorageError: S3 cannot be read.
+    """
+    problems: list[str] = []
+    plans: dict[str, RecordPlan] = {}
+    for name, stage in recipe.stages.items():
+        try:
+            plans[name] = _plan_stage(recipe, name, stage, encoder)
+        except (ConfigError, DataError) as error:
+            problems.append(f"stages.{name}: {error}")
+    if problems:
+        raise ConfigError(
+            f"{recipe.name}: {len(problems)} error{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
+        )
+    last = list(recipe.stages)[-1]
+    held_out = [_plan_held_out(plans[last], split) for split in (recipe.evaluation.validation, recipe.evaluation.test)]
+    return ReasoningPlan(recipe, plans, held_out[0], held_out[1])
+
+
+def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderSpec) -> RecordPlan:
+    config = recipe.records.model_copy(
+        update={
+            "datasets": stage.datasets or recipe.records.datasets,
+            "template": stage.template or recipe.records.template,
+        }
+    )
+    if not config.datasets:
+        raise ConfigError(
+            "names no data set; make one with `tinyemo ingest instruct` or `tinyemo ingest oasis` and say "
+            "--set 'records.datasets=[\"s3://tinyemo/datasets/oasis\"]'"
+        )
+    plan = plan_records(
+        tuple(open_record_set(uri, config.split) for uri in config.datasets),
+        config,
+        # Each stage has its own order.
+        seed=recipe.train.seed + list(recipe.stages).index(name),
+        global_batch_size=stage.global_batch_size,
+        num_epochs=stage.num_epochs,
+        world_size=recipe.workers.num_workers,
+        preprocessing=encoder.preprocessing,
+        image_tokens=encoder.patch_grid[0] * encoder.patch_grid[1],
+    )
+    return replace(plan, num_steps=stage.num_steps or max(1, plan.num_steps))
+
+
+def _plan_held_out(plan: RecordPlan, split: str) -> RecordPlan | None:
+    """One epoch over another split of the same data sets; None where one of them lacks it or `split` is empty."""
+    if not split or any(split not in part.manifest.splits for part in plan.sets):
+        return None
+    sets = tuple(RecordSet(part.manifest, split) for part in plan.sets)
+    config = plan.config.model_copy(update={"split": split, "weights": (), "tail": "pad"})
+    return plan_records(
+        sets,
+        config,
+        seed=plan.steps.seed,
+        global_batch_size=EVALUATION_BATCH * plan.world_size,
+        num_epochs=1,
+        world_size=plan.world_size,
+        preprocessing=plan.preprocessing,
+        image_tokens=plan.image_tokens,
+    )

@@ -1,0 +1,253 @@
+"""Where a reasoning model's weights come from: its parts' sources, and what earlier stages trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from orchestration import storage
+from orchestration.assets.catalogue import CATALOGUE, cache_folder, find_asset, get_asset
+from orchestration.assets.inputs import sha256_of_file
+from orchestration.reasoning.config import StageConfig
+from orchestration.recipe import Recipe
+from orchestration.vision.encoder_sources import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
+from tinyemo.encoders import EncoderSpec
+from tinyemo.errors import AssetError, ConfigError, DataError
+from tinyemo.families import FAMILY
+from tinyemo.reasoner.loading import build_reasoner, find_gguf, is_random
+from tinyemo.reasoner.model import Reasoner
+from tinyemo.reasoner.presets import vision_preset
+from tinyemo.reasoner.trained import merge_adapters, select_trained
+from tinyemo.vision import WEIGHTS_MARK
+
+logger = logging.getLogger(__name__)
+
+TRAINED_WEIGHTS = "trained.safetensors"
+"""In the last checkpoint of a stage: the parameters that it trained, whole."""
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a recipe's parts are; weights are not loaded for it.
+
+    Attributes:
+        llm_revision: commit of a hub repository, sha256 of the files, or "random".
+        llm_weights: "real" or "random".
+        encoder: the vision tower's.
+    """
+
+    llm_name: str
+    llm_revision: str
+    llm_weights: str
+    encoder: EncoderSpec
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders for one image."""
+        rows, columns = self.encoder.patch_grid
+        return rows * columns
+
+
+def describe_sources(recipe: Recipe) -> Sources:
+    """The parts of a recipe's reasoning model; the language model's files are fetched.
+
+    Raises:
+        ConfigError: a source that is none.
+        AssetError: it does not answer.
+        DataError: it holds something else.
+    """
+    source = recipe.reasoner
+    if is_random(source.vision_tower):
+        encoder, _ = vision_preset(source.vision_tower.partition(":")[2])
+    else:
+        encoder = describe_choice(choose_encoder(source.vision_tower, source.vision_revision))
+    if is_random(source.llm):
+        return Sources(_llm_name(source.llm), "random", "random", encoder)
+    path = fetch_llm(recipe)
+    weights = "random" if find_gguf(path) is None and _config(path).get(WEIGHTS_MARK) == "random" else "real"
+    return Sources(_llm_name(source.llm), source.llm_revision or _digest(path), weights, encoder)
+
+
+def _llm_name(source: str) -> str:
+    """What cards call it; a path of this machine says nothing elsewhere."""
+    name = source.removeprefix("random:")
+    if name in FAMILY:
+        return FAMILY[name].llm
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def fetch_llm(recipe: Recipe) -> Path:
+    """The folder or file with the language model's files, on this node.
+
+    Raises:
+        ConfigError: the source is none.
+        AssetError, StorageError: it does not answer.
+    """
+    name, revision = recipe.reasoner.llm, recipe.reasoner.llm_revision
+    if name in CATALOGUE:
+        return get_asset(name) / find_asset(name).files[0]
+    if name.startswith("s3://"):
+        return _fetch_from_s3(name)
+    if Path(name).is_absolute():
+        if not Path(name).exists():
+            raise AssetError(f"{name} is not on this node: put the language model's folder on every node")
+        return Path(name)
+    if revision is None:
+        raise ConfigError(
+            f"reasoner.llm: {name!r} is neither an asset nor an absolute folder; a name on the hub needs "
+            "reasoner.llm_revision, its commit"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AssetError(
+            f"the hub does not yield {name} at {revision[:12]} ({reason}): reach it, or name a folder"
+        ) from error
+
+
+def _fetch_from_s3(uri: str) -> Path:
+    """A copy of an S3 folder in the cache, keyed by its objects' names and sizes; whole or not there."""
+    objects = storage.list_prefix(uri)
+    key = hashlib.sha256(json.dumps([uri, sorted(objects.items())]).encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / key
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "whole"
+        storage.download_folder(uri, whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no language model: config.json cannot be read") from error
+    assert isinstance(found, dict)
+    return found
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, or over the names and sha256 of a folder's configuration and weights."""
+    if path.is_file():
+        return f"sha256-{sha256_of_file(path)}"
+    files = sorted(found for pattern in ("config.json", "*.safetensors", "*.gguf") for found in path.glob(pattern))
+    lines = "".join(f"{found.name}\0{sha256_of_file(found)}\0" for found in files)
+    return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def tokenizer_source(name: str) -> Path:
+    """The file or folder of `records.tokenizer`."""
+    path = Path(name)
+    return path if path.exists() else get_asset(name) / find_asset(name).files[0]
+
+
+def build_start(recipe: Recipe) -> Reasoner:
+    """The model as no stage has seen it yet, fp32: parts from their sources, the connector seeded, equal anywhere."""
+    source = recipe.reasoner
+    if is_random(source.vision_tower):
+        vision: Path | str = source.vision_tower
+        spec = None
+    else:
+        choice = choose_encoder(source.vision_tower, source.vision_revision)
+        vision, spec = fetch(choice, CONFIG_FILES + WEIGHT_FILES), describe_choice(choice)
+    return build_reasoner(
+        source.llm if is_random(source.llm) else fetch_llm(recipe),
+        vision,
+        connector=source.connector,
+        template=recipe.records.template,
+        seed=recipe.train.seed,
+        llm_name=_llm_name(source.llm),
+        vision_name=None if spec is None else spec.info.name,
+        vision_revision=None if spec is None else spec.info.revision,
+    )
+
+
+def build_for_stage(recipe: Recipe, stage: str, weights: dict[str, str]) -> Reasoner:
+    """The model as a stage begins with it: earlier stages' weights in place, what this one trains unfrozen.
+
+    Args:
+        recipe: of the run.
+        stage: name.
+        weights: S3 folder of each earlier stage's trained weights, by its name.
+    """
+    model = build_start(recipe)
+    for name, config in recipe.stages.items():
+        if name == stage:
+            return prepare_stage(model, config, recipe.train.seed)
+        model = finish_stage(model, config, weights[name], recipe.train.seed)
+    raise AssertionError(f"no stage {stage}")
+
+
+def build_trained(recipe: Recipe, weights: dict[str, str]) -> Reasoner:
+    """The model after its last stage, adapters merged, nothing trained any more."""
+    model = build_start(recipe)
+    for name, config in recipe.stages.items():
+        model = finish_stage(model, config, weights[name], recipe.train.seed)
+    model.requires_grad_(requires_grad=False).eval()
+    return model
+
+
+def prepare_stage(model: Reasoner, stage: StageConfig, seed: int) -> Reasoner:
+    """The model with what the stage trains unfrozen, in training mode; its adapters are in, seeded."""
+    select_trained(
+        model,
+        stage.trains,
+        num_layers=stage.num_layers,
+        rank=stage.lora.rank,
+        alpha=stage.lora.alpha,
+        dropout=stage.lora.dropout,
+        seed=seed,
+    )
+    if stage.gradient_checkpointing:
+        # Without re-entering, gradients also reach a checkpointed block whose input needs none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+def finish_stage(model: Reasoner, stage: StageConfig, uri: str, seed: int) -> Reasoner:
+    """The model with what a finished stage trained, adapters merged, as the next stage begins with it."""
+    prepare_stage(model, stage, seed)
+    load_trained(model, uri)
+    merge_adapters(model)
+    model.gradient_checkpointing_disable()
+    return model
+
+
+@torch.no_grad()
+def load_trained(model: Reasoner, uri: str) -> None:
+    """Copy a stage's trained weights into the model, tensor by tensor.
+
+    Raises:
+        DataError: they are not those of the parameters that are trained.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / TRAINED_WEIGHTS
+        storage.download_file(f"{uri}/{TRAINED_WEIGHTS}", path)
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(trained):
+                odd = sorted(set(file.keys()) ^ set(trained))
+                raise DataError(f"{uri} holds other parameters than the stage trains, the first is {odd[0]}")
+            for key, parameter in trained.items():
+                parameter.copy_(file.get_tensor(key))

@@ -1,0 +1,234 @@
+"""Stages on real DeepSpeed engines in real processes: what is trained does not depend on ZeRO, ranks or a restart."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
+
+from orchestration.engine import load_engine, optimizer_state_bytes, save_engine, trained_state_dict
+from orchestration.reasoning.config import StageConfig
+from orchestration.reasoning.loop import start_stage
+from orchestration.reasoning.steps import Inputs, MicroBatch, losses_by_record, mean_loss, take_step
+from orchestration.reasoning.weights import prepare_stage
+from orchestration.recipe import Recipe, parse_recipe
+from orchestration.streaming.record_batches import RecordBatch
+from orchestration.streaming.sampling import rank_slice
+from tinyemo.errors import TrainingError
+from tinyemo.reasoner.model import Reasoner
+
+BATCH, MICRO, STEPS = 8, 2, 4
+STAGES = (0, 1, 2, 3)
+
+
+def recipe(trains: str, **fields: Any) -> Recipe:
+    stage = {
+        "trains": trains, "global_batch_size": BATCH, "micro_batch_size": MICRO, "learning_rate": 3e-3, "num_layers": 1,
+        "connector_learning_rate": 1e-2, "weight_decay": 0.1, "lora": {"rank": 4, "alpha": 8}, **fields,
+    }  # fmt: skip
+    return parse_recipe({"name": "x", "stages": {"stage": stage}}, source="test")
+
+
+def at_zero_stage(chosen: Recipe, zero_stage: int) -> Recipe:
+    return chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"zero_stage": zero_stage})})
+
+
+def global_batch(step: int, *, num_padded: int = 0) -> RecordBatch:
+    """Records of different lengths; how many of an answer's tokens a rank gets differs from rank to rank."""
+    rng = np.random.default_rng(step)
+    tokens, ids = [], []
+    for place in range(BATCH):
+        question, answer = rng.integers(3, VOCABULARY, 2 + place), rng.integers(3, VOCABULARY, 1 + int(rng.integers(9)))
+        input_ids = torch.tensor([1, *[IMAGE] * 4, *question, *answer])
+        is_real = place < BATCH - num_padded
+        labels = torch.tensor([-100] * (5 + len(question)) + (list(answer) if is_real else [-100] * len(answer)))
+        tokens.append((input_ids, labels))
+        ids.append(f"record-{place}" if is_real else "")
+    pixels = torch.from_numpy(rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8))
+    return RecordBatch(0, step, ids, torch.tensor([bool(name) for name in ids]), pixels, tokens)
+
+
+def inputs_of(model: Reasoner) -> Inputs:
+    return Inputs(model.config.encoder_spec.preprocessing, torch.device("cpu"), model.config.image_token_id)
+
+
+def parts(inputs: Inputs, batch: RecordBatch, rank: int, world_size: int) -> list[MicroBatch]:
+    return inputs.micro_batches(batch.part(rank_slice(BATCH, rank, world_size)), MICRO)
+
+
+def stage_of(chosen: Recipe) -> StageConfig:
+    return chosen.stages["stage"]
+
+
+def start(chosen: Recipe, world_size: int) -> tuple[Any, Inputs]:
+    model = prepare_stage(tiny_reasoner(), stage_of(chosen), 0)
+    return start_stage(model, chosen, stage_of(chosen), num_steps=2 * STEPS, world_size=world_size), inputs_of(model)
+
+
+def steps(engine: Any, inputs: Inputs, rank: int, world_size: int, first: int, last: int) -> list[float]:
+    taken = [take_step(engine, parts(inputs, global_batch(s), rank, world_size), s, 0) for s in range(first, last)]
+    return [point["train/loss"] for point, _ in taken]
+
+
+def curves(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """By ZeRO stage."""
+    found = []
+    for zero_stage in STAGES:
+        engine, inputs = start(at_zero_stage(chosen, zero_stage), world_size)
+        losses = steps(engine, inputs, rank, world_size, 0, STEPS)
+        held_out = [global_batch(99, num_padded=3).part(rank_slice(BATCH, rank, world_size))]
+        loss = mean_loss(engine, inputs, held_out, MICRO)
+        state = optimizer_state_bytes(engine)
+        found.append({"losses": losses, "val": loss, "weights": trained_state_dict(engine), "bytes": state})
+    return found
+
+
+def resume(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """By ZeRO stage."""
+    found = []
+    for zero_stage in STAGES:
+        staged, checkpoint = at_zero_stage(chosen, zero_stage), folder / f"zero-{zero_stage}"
+        engine, inputs = start(staged, world_size)
+        steps(engine, inputs, rank, world_size, 0, STEPS)
+        save_engine(engine, checkpoint)
+        torch.distributed.barrier()
+        whole = steps(engine, inputs, rank, world_size, STEPS, 2 * STEPS)
+        num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        again, inputs = start(staged, world_size)
+        load_engine(again, checkpoint)
+        resumed = steps(again, inputs, rank, world_size, STEPS, 2 * STEPS)
+        found.append({"whole": whole, "resumed": resumed, "bytes": num_bytes})
+    return found
+
+
+def meet_a_bad_record(chosen: Recipe, rank: int, world_size: int, folder: Path) -> str:
+    engine, inputs = start(chosen, world_size)
+    batch = global_batch(3)
+    micro = parts(inputs, batch, rank, world_size)
+    if rank == world_size - 1:
+        pixels = micro[-1].pixel_values
+        assert pixels is not None
+        pixels[-1, 0, 0, 0] = torch.inf
+    before = [parameter.detach().clone() for parameter in engine.module.connector.parameters()]
+    with pytest.raises(TrainingError) as caught:
+        take_step(engine, micro, 3, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.connector.parameters(), strict=True))
+    return str(caught.value)
+
+
+JOBS = {"curves": curves, "resume": resume, "bad": meet_a_bad_record}
+
+
+def run_rank(rank: int, world_size: int, port: int, folder: str, job: str, content: dict[str, Any]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    found = JOBS[job](parse_recipe(content, source="test"), rank, world_size, Path(folder))
+    torch.save(found, Path(folder) / f"{job}-{world_size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def spawn(job: str, world_size: int, folder: Path, chosen: Recipe) -> list[Any]:
+    """What each rank of a group of processes found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (world_size, port, str(folder), job, chosen.model_dump(mode="json"))
+    torch.multiprocessing.spawn(run_rank, arguments, nprocs=world_size)
+    return [torch.load(folder / f"{job}-{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def plain_loop(chosen: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Torch alone: each step's whole batch, padded and not packed, in one forward pass."""
+    stage = stage_of(chosen)
+    model = prepare_stage(tiny_reasoner(), stage, 0)
+    inputs = inputs_of(model)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": stage.connector_learning_rate if n.startswith("connector") else stage.learning_rate}
+            for n, p in named
+        ],
+        weight_decay=stage.weight_decay,
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses = []
+    for step in range(STEPS):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * stage.rate_factor(step, 2 * STEPS)
+        batch = global_batch(step)
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=inputs.micro_batch(batch).pixel_values,
+        ).logits
+        assert batch.labels is not None
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: parameter.detach() for name, parameter in named}
+
+
+@pytest.mark.parametrize("trains", ["llm", "lora"])
+def test_curves_do_not_depend_on_zero_or_world_size(trains: str, tmp_path: Path) -> None:
+    chosen = recipe(trains)
+    (alone,), (pair, other) = (spawn("curves", size, tmp_path, chosen) for size in (1, 2))
+    losses, weights = plain_loop(chosen)
+    assert losses[-1] < losses[0]
+    for zero_stage in STAGES:
+        for found in (alone[zero_stage], pair[zero_stage]):
+            assert np.allclose(found["losses"], losses, atol=1e-5), zero_stage
+            assert found["val"] == pytest.approx(alone[0]["val"], abs=1e-5)
+            assert set(found["weights"]) == set(weights)
+            for name, weight in weights.items():
+                assert torch.allclose(found["weights"][name], weight, atol=1e-4), (zero_stage, name)
+        assert other[zero_stage]["weights"] == {}
+        share = pair[zero_stage]["bytes"] / alone[zero_stage]["bytes"]
+        assert share == pytest.approx(1.0 if zero_stage == 0 else 0.5, rel=0.02), zero_stage
+
+
+@pytest.mark.parametrize("trains", ["connector", "lora"])
+def test_a_restored_stage_goes_on_to_the_same_losses(trains: str, tmp_path: Path) -> None:
+    chosen = recipe(trains, lora={"rank": 4, "alpha": 8, "dropout": 0.3})
+    for by_zero_stage in spawn("resume", 2, tmp_path, chosen):
+        for zero_stage, found in enumerate(by_zero_stage):
+            assert found["resumed"] == found["whole"], zero_stage
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(tmp_path: Path) -> None:
+    (found,) = spawn("resume", 1, tmp_path, recipe("connector"))
+    model = tiny_reasoner()
+    frozen = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("connector")) * 4
+    trained = sum(p.numel() for p in model.connector.parameters()) * 4
+    for zero_stage, row in enumerate(found):
+        # Weights and two moments, under ZeRO an fp32 copy, and what pickle and the tower's buffers add.
+        assert row["bytes"] < 5 * trained + frozen / 2, zero_stage
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(tmp_path: Path) -> None:
+    said = spawn("bad", 2, tmp_path, recipe("connector"))
+    assert all("train/loss is nan at step 3" in line for line in said)
+    assert "record-0" in said[0]
+    assert "record-7" in said[1]
+    assert "record-7" not in said[0]
+
+
+def test_losses_by_record_are_those_of_the_records_alone() -> None:
+    model, batch = tiny_reasoner(), global_batch(5, num_padded=2)
+    inputs = inputs_of(model)
+    whole = inputs.micro_batch(batch)
+    together = losses_by_record(whole, whole.forward(model))
+    for place in range(BATCH):
+        one = inputs.micro_batch(batch.part(slice(place, place + 1)))
+        ((count, nats),) = losses_by_record(one, one.forward(model))
+        assert together[place][0] == count == int((batch.tokens[place][1] != -100).sum())
+        assert together[place][1] == pytest.approx(nats, abs=1e-4)
