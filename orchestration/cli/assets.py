@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-assets_app = typer.Typer(help="List and fetch data and weights.", no_args_is_help=True)
+from orchestration.cli.options import JsonOption
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+assets_app = typer.Typer(help="List and fetch data and weights.", no_args_is_help=True)
 
 
 @assets_app.command("list")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest import default_root, progress
-from tinyemo.errors import ConfigError
+from orchestration.cli.ingest_output import progress, show_json, show_label_counts, show_rejected
+from orchestration.cli.options import ForceOption, JsonOption, RootOption, default_root
 
 if TYPE_CHECKING:
-    from orchestration.vision.encode_parts import PoolConfig
     from orchestration.vision.features import FeaturesReport
+
+# What every actor of the pool gets.
+ActorsOption = Annotated[
+    int | None, typer.Option("--actors", help="Actors that encode.  [default: all that the cluster has room for]")
+]
+CpusOption = Annotated[float, typer.Option(help="CPUs of one actor; also its threads.")]
+GpusOption = Annotated[
+    float | None, typer.Option(help="GPUs, or a fraction.  [default: 1 where the cluster has one, else 0]")
+]
+BatchSizeOption = Annotated[int, typer.Option(help="Images of one forward pass.")]
 
 
 def features(
@@ -29,25 +37,19 @@ def features(
     revision: Annotated[
         str | None, typer.Option(metavar="COMMIT", help="Pins a name on the hub: 40 hexadecimal digits.")
     ] = None,
-    root: Annotated[
-        str | None, typer.Option(metavar="S3_URI", help="Default: s3://$TINYEMO_BUCKET/datasets.", show_default=False)
-    ] = None,
+    root: RootOption = None,
     has_patches: Annotated[
         bool, typer.Option("--patches/--no-patches", help="Store patch features beside the pooled ones.")
     ] = True,
     images_per_part: Annotated[
         int, typer.Option(help="Images of one shard, the unit that a killed run goes on from.", min=1)
     ] = 256,
-    num_actors: Annotated[
-        int | None, typer.Option("--actors", help="Actors that encode.  [default: all that the cluster has room for]")
-    ] = None,
-    cpus_per_actor: Annotated[float, typer.Option(help="CPUs of one actor; also its threads.")] = 1.0,
-    gpus_per_actor: Annotated[
-        float | None, typer.Option(help="GPUs, or a fraction.  [default: 1 where the cluster has one, else 0]")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images of one forward pass.")] = 32,
-    is_forced: Annotated[bool, typer.Option("--force", help="Compute again even where it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    num_actors: ActorsOption = None,
+    cpus_per_actor: CpusOption = 1.0,
+    gpus_per_actor: GpusOption = None,
+    batch_size: BatchSizeOption = 32,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Encode every image once on a pool of actors; the result is a feature data set that `tinyemo train` reads.
 
@@ -55,14 +57,20 @@ def features(
 
     Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
     """
+    from orchestration.toml_sections import parse_section
+    from orchestration.vision.encode_parts import PoolConfig
     from orchestration.vision.encoder_sources import choose_encoder
     from orchestration.vision.features import make_features
 
     load_platform_environment()
     choice = choose_encoder(encoder, revision)
-    pool = _make_pool(
-        num_actors=num_actors, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor, batch_size=batch_size
-    )
+    wanted = {
+        "num_actors": num_actors,
+        "cpus_per_actor": cpus_per_actor,
+        "gpus_per_actor": gpus_per_actor,
+        "batch_size": batch_size,
+    }
+    pool = parse_section(PoolConfig, wanted, source="the pool cannot be used")
     folder = root or default_root()
     # Ray reports lost workers on stdout, which is for results.
     with progress() as advance, redirect_stdout(sys.stderr):
@@ -77,31 +85,33 @@ def features(
             is_forced=is_forced,
             advance=advance,
         )
+    _show(report, as_json=as_json)
+
+
+def _show(report: FeaturesReport, *, as_json: bool) -> None:
+    manifest = report.manifest
+    assert manifest.encoder is not None
     if as_json:
-        typer.echo(json.dumps(_as_document(report), indent=2, sort_keys=True))
-    else:
-        _show(report)
+        show_json(manifest, _facts(report))
+        return
+    if manifest.encoder.weights == "random":
+        typer.echo("RANDOM WEIGHTS: this encoder was never trained; figures from its features mean nothing")
+    typer.echo(f"encoder {manifest.encoder}: {manifest.feature_width} numbers an image")
+    show_label_counts(manifest, "images")
+    rejected = manifest.rejected.rows
+    typer.echo(f"images in {manifest.rows_in} = kept {manifest.rows_kept} + without a pooled row {rejected}")
+    show_rejected(manifest)
+    if manifest.patch_grid is not None:
+        grid = " x ".join(str(side) for side in (*manifest.patch_grid, manifest.patch_width))
+        typer.echo(f"patches: {sum(shard.rows for shard in manifest.patches)} images, {grid} each")
+    done = f"{report.num_parts} parts, {report.num_resumed} of them by an earlier run"
+    typer.echo(f"{manifest.uri}: {'unchanged' if report.is_unchanged else done} in {report.seconds:.1f} s")
 
 
-def _make_pool(**values: Any) -> PoolConfig:
-    from pydantic import ValidationError
-
-    from orchestration.vision.encode_parts import PoolConfig
-
-    try:
-        return PoolConfig(**values)
-    except ValidationError as error:
-        lines = [f"{item['loc'][0]}: {item['msg'].lower()}, got {item['input']!r}" for item in error.errors()]
-        raise ConfigError(f"the pool cannot be used: {'; '.join(lines)}") from error
-
-
-def _as_document(report: FeaturesReport) -> dict[str, Any]:
+def _facts(report: FeaturesReport) -> dict[str, Any]:
     manifest = report.manifest
     assert manifest.encoder is not None
     return {
-        "uri": manifest.uri,
-        "version": manifest.version,
-        "digest": manifest.digest,
         "unchanged": report.is_unchanged,
         "encoder": manifest.encoder.model_dump(),
         "feature_width": manifest.feature_width,
@@ -110,31 +120,9 @@ def _as_document(report: FeaturesReport) -> dict[str, Any]:
         "images_in": manifest.rows_in,
         "images_kept": manifest.rows_kept,
         "images_rejected": manifest.rejected.rows,
-        "reasons": manifest.rejected.reasons,
-        "splits": {split: counts.model_dump() for split, counts in manifest.splits.items()},
         "patch_rows": sum(shard.rows for shard in manifest.patches),
         "parts": report.num_parts,
         "parts_resumed": report.num_resumed,
         "actors": report.num_actors,
         "seconds": round(report.seconds, 3),
     }
-
-
-def _show(report: FeaturesReport) -> None:
-    manifest = report.manifest
-    assert manifest.encoder is not None
-    if manifest.encoder.weights == "random":
-        typer.echo("RANDOM WEIGHTS: this encoder was never trained; figures from its features mean nothing")
-    typer.echo(f"encoder {manifest.encoder}: {manifest.feature_width} numbers an image")
-    for split, counts in manifest.splits.items():
-        labels = ", ".join(f"{label} {rows}" for label, rows in counts.labels.items())
-        typer.echo(f"{split}: {counts.rows} images ({labels})")
-    rejected = manifest.rejected
-    typer.echo(f"images in {manifest.rows_in} = kept {manifest.rows_kept} + without a pooled row {rejected.rows}")
-    for reason, rows in rejected.reasons.items():
-        typer.echo(f"  {reason}: {rows}")
-    if manifest.patch_grid is not None:
-        grid = " x ".join(str(side) for side in (*manifest.patch_grid, manifest.patch_width))
-        typer.echo(f"patches: {sum(shard.rows for shard in manifest.patches)} images, {grid} each")
-    done = f"{report.num_parts} parts, {report.num_resumed} of them by an earlier run"
-    typer.echo(f"{manifest.uri}: {'unchanged' if report.is_unchanged else done} in {report.seconds:.1f} s")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest import default_root, progress
+from orchestration.cli.ingest_output import ingest_facts, progress, show_json, show_rejected, show_stored
+from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
 
 if TYPE_CHECKING:
     from orchestration.instruct.ingest import InstructReport
@@ -24,10 +24,8 @@ def instruct_command(
     images: Annotated[
         str, typer.Option(help="Folder that image paths are relative to, or s3://...", show_default=False)
     ],
-    name: Annotated[str, typer.Option(help="The data set's name in S3.")] = "instruct",
-    root: Annotated[
-        str | None, typer.Option(metavar="S3_URI", help="Default: s3://$TINYEMO_BUCKET/datasets.", show_default=False)
-    ] = None,
+    name: DatasetNameOption = "instruct",
+    root: RootOption = None,
     rules: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="Which records are kept; see docs/instruct_data.md.")
     ] = None,
@@ -37,8 +35,8 @@ def instruct_command(
     split: Annotated[str | None, typer.Option(help="Split of records that name none.")] = None,
     rows_per_group: Annotated[int, typer.Option(help="Records of a Parquet row group.", min=1)] = 256,
     shard_bytes: Annotated[int, typer.Option(help="A shard ends where it reaches this.", min=1)] = 64 * 2**20,
-    is_forced: Annotated[bool, typer.Option("--force", help="Upload again even where nothing changed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check records and images one by one on the cluster, and store what is sound as Parquet shards.
 
@@ -69,10 +67,17 @@ def instruct_command(
 
 def show_report(report: InstructReport, *, as_json: bool) -> None:
     """Print what an ingest did, for people or as JSON."""
-    if as_json:
-        typer.echo(json.dumps(_as_document(report), indent=2, sort_keys=True))
-        return
     manifest = report.manifest
+    if as_json:
+        document = {
+            "rows_duplicate": report.rows_duplicate,
+            "tasks": manifest.tasks,
+            "shards": len(manifest.shards),
+            "card": manifest.file_uri(manifest.card.path),
+            "mlflow_run": report.run_url,
+        }
+        show_json(manifest, ingest_facts(report) | document)
+        return
     if manifest.data == "generated":
         typer.echo("GENERATED records: figures from them mean nothing")
     for split, counts in manifest.splits.items():
@@ -82,34 +87,6 @@ def show_report(report: InstructReport, *, as_json: bool) -> None:
         f"rows in {manifest.rows_in} = kept {manifest.rows_kept} + rejected {report.rows_rejected} "
         f"+ duplicates {report.rows_duplicate}"
     )
-    for reason, rows in manifest.rejected.reasons.items():
-        typer.echo(f"  {reason}: {rows}")
-    if manifest.rejected.rows:
-        typer.echo(f"  see {manifest.file_uri(manifest.rejected.path)}")
+    show_rejected(manifest)
     typer.echo(f"card: {report.run_url or manifest.file_uri(manifest.card.path)}")
-    stored = "unchanged" if report.is_unchanged else f"stored {report.num_uploaded} files, {report.uploaded_bytes:,} B"
-    typer.echo(f"{manifest.uri}: {stored} in {report.seconds:.1f} s")
-
-
-def _as_document(report: InstructReport) -> dict[str, Any]:
-    manifest = report.manifest
-    return {
-        "uri": manifest.uri,
-        "version": manifest.version,
-        "digest": manifest.digest,
-        "data": manifest.data,
-        "unchanged": report.is_unchanged,
-        "rows_in": manifest.rows_in,
-        "rows_kept": manifest.rows_kept,
-        "rows_rejected": report.rows_rejected,
-        "rows_duplicate": report.rows_duplicate,
-        "reasons": manifest.rejected.reasons,
-        "splits": {split: counts.model_dump() for split, counts in manifest.splits.items()},
-        "tasks": manifest.tasks,
-        "shards": len(manifest.shards),
-        "card": manifest.file_uri(manifest.card.path),
-        "mlflow_run": report.run_url,
-        "uploaded_files": report.num_uploaded,
-        "uploaded_bytes": report.uploaded_bytes,
-        "seconds": round(report.seconds, 3),
-    }
+    show_stored(report)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest import default_root, progress
 from orchestration.cli.ingest_instruct import show_report
-from tinyemo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from orchestration.instruct.oasis import OasisRules
+from orchestration.cli.ingest_output import progress
+from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
 
 
 def oasis_command(
-    name: Annotated[str, typer.Option(help="The data set's name in S3.")] = "oasis",
-    root: Annotated[
-        str | None, typer.Option(metavar="S3_URI", help="Default: s3://$TINYEMO_BUCKET/datasets.", show_default=False)
-    ] = None,
+    name: DatasetNameOption = "oasis",
+    root: RootOption = None,
     negative_below: Annotated[float, typer.Option(help="Mean valence (1 to 7) of a negative photograph.")] = 3.5,
     positive_above: Annotated[float, typer.Option(help="Mean valence of a positive one; none between.")] = 4.5,
     calm_below: Annotated[float, typer.Option(help="Mean arousal (1 to 7) of a calm photograph.")] = 3.6,
@@ -32,44 +27,31 @@ def oasis_command(
     validation_fraction: Annotated[float, typer.Option(help="Chance of a theme to be in validation.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Chance of a theme to be in test.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of splits, wordings and offered labels.", min=0)] = 0,
-    is_forced: Annotated[bool, typer.Option("--force", help="Upload again even where nothing changed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write captions, questions and reasoning for OASIS by templates from its norms, and store them with its images.
 
     Example: tinyemo ingest oasis --name oasis
     """
-    from orchestration.instruct.oasis import ingest_oasis
+    from orchestration.instruct.oasis import OasisRules, ingest_oasis
+    from orchestration.toml_sections import parse_section
 
     load_platform_environment()
-    rules = _make_rules(
-        negative_below=negative_below,
-        positive_above=positive_above,
-        calm_below=calm_below,
-        aroused_above=aroused_above,
-        state_label=state_label,
-        validation_fraction=validation_fraction,
-        test_fraction=test_fraction,
-        seed=seed,
-    )
+    chosen = {
+        "negative_below": negative_below,
+        "positive_above": positive_above,
+        "calm_below": calm_below,
+        "aroused_above": aroused_above,
+        "state_label": state_label,
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+        "seed": seed,
+    }
+    rules = parse_section(OasisRules, chosen, source="the rules of OASIS cannot be used")
     # Ray reports lost workers on stdout, which is for results.
     with progress() as advance, redirect_stdout(sys.stderr):
         report = ingest_oasis(name=name, root=root or default_root(), rules=rules, is_forced=is_forced, advance=advance)
     if not as_json:
         typer.echo("answers are TEMPLATES filled from the norms; emotions are a rule over mean valence and arousal")
     show_report(report, as_json=as_json)
-
-
-def _make_rules(**values: Any) -> OasisRules:
-    from pydantic import ValidationError
-
-    from orchestration.instruct.oasis import OasisRules
-
-    try:
-        return OasisRules(**values)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'])} {item['msg'].removeprefix('Value error, ')}".strip()
-            for item in error.errors()
-        ]
-        raise ConfigError(f"the rules of OASIS cannot be used: {'; '.join(lines)}") from error

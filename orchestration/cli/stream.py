@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.environment import load_platform_environment
+from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from orchestration.streaming.job import StreamResult
 
 
 def stream(
-    recipe_name: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a TOML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a field; may be repeated.")
-    ] = None,
+    recipe_name: RecipeArgument,
+    overrides: SetOption = None,
     has_ledger: Annotated[
         bool, typer.Option("--ledger", help="Write down which record was in which step, and hold it against the plan.")
     ] = False,
-    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read; start nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    is_dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read a recipe's instruct records from S3 as training would, without a model: rate, time to first batch, order.
 
@@ -33,9 +32,10 @@ def stream(
     """
     load_platform_environment()
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import prepare_records, read_stream
 
     recipe = load_recipe(recipe_name, overrides)
+    from orchestration.streaming.job import prepare_records, read_stream
+
     if is_dry_run:
         plan = prepare_records(recipe)
         for part, count in zip(plan.sets, plan.steps.counts, strict=True):

@@ -7,23 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cluster.environment import load_platform_environment
+from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from orchestration.fit import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.training.train import TrainResult
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a shipped recipe.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay section.key=value over the recipe.")
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and plan, start nothing.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def train(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.train import DryRunOption, JsonOption, RecipeArgument, SetOption
+from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestration.cli.options import JsonOption
 from tinyemo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ LeaveOutOption = Annotated[
     str | None,
     typer.Option(help="Labels left out of training, by commas, or `card`: report zero-shot accuracy on them."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def evaluate(
