@@ -90,19 +90,11 @@ def ingest_features(
         StorageError: where S3 fails; the former version stays the latest.
     """
     started = time.monotonic()
-    if taxonomy not in TAXONOMIES:
-        raise ConfigError(f"taxonomy is {taxonomy!r}: it must be one of {', '.join(TAXONOMIES)}")
     if rows_per_shard < 1:
         raise ConfigError(f"rows_per_shard is {rows_per_shard}: it must be at least 1")
-    if is_generated == (source is not None):
-        raise ConfigError("name either a source or --generated, not both")
     check_destination(name, root)
     advance = advance or (lambda stage, done, total: None)
-
-    if source is None:
-        rows = generated_input(taxonomy_labels(taxonomy), feature_width=feature_width or 768, seed=seed)
-    else:
-        rows = _open_source(str(source), split=split, feature_width=feature_width)
+    rows = _open_input(source, taxonomy, split=split, is_generated=is_generated, seed=seed, feature_width=feature_width)
     with tempfile.TemporaryFile(prefix="tinyemo-ingest-") as staged:
         plan = _plan_rows(rows, taxonomy, rows_per_shard, staged, advance)
         uri = f"{root.rstrip('/')}/{name}/{plan.digest[:VERSION_LENGTH]}"
@@ -119,6 +111,24 @@ def ingest_features(
     publish(manifest)
     files = list(manifest.files())
     return IngestReport(manifest, False, len(files), sum(f.num_bytes for f in files), time.monotonic() - started)
+
+
+def _open_input(
+    source: Path | str | None,
+    taxonomy: str,
+    *,
+    split: str | None,
+    is_generated: bool,
+    seed: int,
+    feature_width: int | None,
+) -> Input:
+    if taxonomy not in TAXONOMIES:
+        raise ConfigError(f"taxonomy is {taxonomy!r}: it must be one of {', '.join(TAXONOMIES)}")
+    if is_generated == (source is not None):
+        raise ConfigError("name either a source or --generated, not both")
+    if source is None:
+        return generated_input(taxonomy_labels(taxonomy), feature_width=feature_width or 768, seed=seed)
+    return _open_source(str(source), split=split, feature_width=feature_width)
 
 
 def _open_source(source: str, *, split: str | None, feature_width: int | None) -> Input:
