@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_reasoners import LANGUAGE_MODELS, pixels, prompt, tiny_reasoner
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyemo.reasoner.flops import Work, flop_model
+from tinyemo.reasoner.flops import FlopModel, Work, flop_model
 from tinyemo.reasoner.model import Reasoner
-from tinyemo.reasoner.presets import meta_counts, preset_config
+from tinyemo.reasoner.presets import count_parameters, preset_config
 from tinyemo.reasoner.trained import select_trained
 
 WORKS = st.builds(Work, *[st.integers(0, 10**6)] * 4)
@@ -53,21 +55,25 @@ def test_adapters_without_a_trained_connector_are_an_upper_bound() -> None:
     assert counter.get_total_flops() <= bound <= 1.1 * counter.get_total_flops()
 
 
+@cache
+def connector_flops() -> FlopModel:
+    model = tiny_reasoner()
+    select_trained(model, "connector")
+    return flop_model(model)
+
+
 @settings(deadline=None, max_examples=20)
 @given(first=WORKS, second=WORKS)
 def test_work_adds_up(first: Work, second: Work) -> None:
-    model = tiny_reasoner()
-    select_trained(model, "connector")
-    flops = flop_model(model)
+    flops = connector_flops()
     assert flops.of_training(first + second) == flops.of_training(first) + flops.of_training(second)
 
 
 def test_a_family_member_costs_six_n_in_full_training_and_four_with_a_frozen_language_model() -> None:
     with torch.device("meta"):
         model = Reasoner(preset_config("tinyemo-1.5b"))
-    counts = meta_counts("tinyemo-1.5b")
     table, norms = 32_000 * 2048, (2 * 22 + 1) * 2048
-    matrices = counts.language_model - 2 * table - norms
+    matrices = count_parameters(model.language_model) - 2 * table - norms
     a_token, an_answer = Work(tokens=1), Work(answer_tokens=1)
     select_trained(model, "llm")
     assert flop_model(model).of_training(a_token) == 6 * matrices
