@@ -117,6 +117,24 @@ def s3_root(s3_environment: dict[str, str]) -> str:
     return f"s3://tests/{secrets.token_hex(6)}"
 
 
+@pytest.fixture(scope="module")
+def cluster(s3_server: dict[str, str]) -> Iterator[str]:
+    """A local Ray cluster whose tasks and actors see the S3 server and no MLflow; this process is its driver."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        context = ray.init(
+            address="local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False
+        )
+        try:
+            yield context.address_info["address"]
+        finally:
+            ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def jobs(platform: RunningPlatform, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """The command line on the session's platform, with Emotion6 in its S3; generated features without a mirror."""

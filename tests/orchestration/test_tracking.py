@@ -10,27 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from orchestration import tracking
-from orchestration.interruption import Interrupted, sigterm_interrupts
-from orchestration.tracking import (
-    RunLogger,
-    download_artifacts,
-    find_run,
-    git_state,
-    open_run,
-    register_projector,
-    require_server,
-)
-from tinyemo.errors import AssetError, ConfigError, PlatformError, TrainingError
+from orchestration.tracking import download_artifacts, find_run, git_state, open_run, register_projector
+from tinyemo.errors import AssetError, PlatformError, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]
 EXPERIMENT = "tracking tests"
@@ -337,22 +325,6 @@ def test_a_run_without_the_artifact_registers_nothing(server, tmp_path):
     assert not client(server).search_registered_models("name = 'never-registered'")
 
 
-def test_an_address_of_another_kind_is_refused():
-    with pytest.raises(ConfigError, match="runs:/, models:/"):
-        download_artifacts("s3://bucket/projector")
-
-
-def test_without_an_address_one_line_says_what_to_do(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ConfigError, match="tinyemo platform up"):
-        require_server()
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is not set"):
-        RunLogger("run").log_curve([(1, {"train/loss": 1.0})])
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    with pytest.raises(ConfigError, match="http or https"):
-        require_server()
-
-
 @pytest.mark.timeout(60)  # a hang, not a timing: MLflow alone retries for minutes
 def test_a_server_that_is_gone_is_one_line(monkeypatch):
     """The password of the address is never shown."""
@@ -377,76 +349,3 @@ def test_a_server_that_goes_away_under_a_run_hides_no_error(server, monkeypatch,
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert "\n" not in str(caught.value)
     assert "may still be shown as RUNNING" in caplog.text
-
-
-def test_a_stranger_on_the_port_is_no_mlflow(monkeypatch):
-    class Stranger(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # http.server's name
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>hello</html>")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    stranger = HTTPServer(("127.0.0.1", 0), Stranger)
-    threading.Thread(target=stranger.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{stranger.server_port}")
-    with pytest.raises(PlatformError, match="is no MLflow server"):
-        require_server()
-    stranger.shutdown()
-    stranger.server_close()
-
-
-def test_git_state_falls_back_to_the_environment(tmp_path):
-    """A copy outside any checkout, as in a Ray job's working directory."""
-    package = tmp_path / "orchestration"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "provenance.py").write_text((REPOSITORY / "orchestration/provenance.py").read_text())
-    code = "import json; from orchestration.provenance import git_state; print(json.dumps(git_state()))"
-
-    def state(**variables: str) -> dict[str, str]:
-        environment = {"PATH": os.environ["PATH"]} | variables
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60
-        )
-        return json.loads(done.stdout)
-
-    assert state() == {"git_commit": "unknown", "git_dirty": "unknown"}
-    submitted = {"TINYEMO_GIT_COMMIT": "abc", "TINYEMO_GIT_DIRTY": "false"}
-    assert state(**submitted) == {"git_commit": "abc", "git_dirty": "false"}
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "orchestration"], [*identity, "commit", "-q", "-m", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    # Python's caches from the runs above are files that git does not know.
-    (tmp_path / ".git/info/exclude").write_text("__pycache__\n")
-    committed = state(**submitted)
-    assert len(committed["git_commit"]) == 40
-    assert committed["git_dirty"] == "false"
-    (tmp_path / "new.py").touch()
-    assert state() == committed | {"git_dirty": "true"}
-
-
-def test_sigterm_handler_is_put_back_and_raises_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with sigterm_interrupts():
-        with pytest.raises(Interrupted), sigterm_interrupts():
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_the_limits_are_mlflows():
-    from mlflow.utils import validation
-
-    assert tracking.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
-    assert tracking.TEXTS_PER_REQUEST == validation.MAX_PARAMS_TAGS_PER_BATCH
-    assert tracking.PARAM_CHARACTERS == validation.MAX_PARAM_VAL_LENGTH
-    assert tracking.TAG_CHARACTERS == validation.MAX_TAG_VAL_LENGTH
-    assert tracking.DIGEST_CHARACTERS == validation.MAX_DATASET_DIGEST_SIZE
-
-
-def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, orchestration.tracking; sys.exit('mlflow' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)

@@ -34,14 +34,6 @@ PUBLIC_LINES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and no mirror."""
-    monkeypatch.setenv("TINYEMO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TINYEMO_MIRROR", raising=False)
-    return tmp_path / "cache"
-
-
 def build_repository(repository: Path, lines: tuple[str, ...], photographs: tuple[str, ...]) -> tuple[str, str]:
     """A git repository of the public one's shape, its table with old line ends; address and commit."""
     (repository / "images").mkdir(parents=True)

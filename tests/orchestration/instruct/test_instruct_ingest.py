@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
-from broken_records import RULES, Corpus, asked, encode, picture, record, write_corpus
+from broken_records import RULES, Corpus, asked, encode, picture, record
+from ingested_records import LAYOUT, ingest, left_in, read_parquet, rejected, stored
 from PIL import Image
 
 from orchestration import storage
@@ -30,67 +26,11 @@ from orchestration.datasets.manifest import (
     read_index,
     verify_manifest,
 )
-from orchestration.instruct import tasks as instruct_tasks
-from orchestration.instruct.ingest import InstructReport, ingest_instruct
+from orchestration.instruct.ingest import ingest_instruct
 from orchestration.instruct.records import MAX_RECORD_BYTES
-from orchestration.instruct.rules import IngestRules, Layout, Reason
-from tinyemo.errors import ConfigError, DataError, PlatformError
+from orchestration.instruct.rules import IngestRules, Reason
+from tinyemo.errors import DataError
 from tinyemo.taxonomies import label_id
-
-LAYOUT = Layout(rows_per_group=4, shard_bytes=12_000, records_per_chunk=10)
-"""Small, so that a few records make several chunks, shards and row groups."""
-
-
-@pytest.fixture(scope="module")
-def cluster(s3_server: dict[str, str]) -> Iterator[str]:
-    """A local Ray cluster whose tasks see the S3 server; this process is its driver."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.items():
-            patch.setenv(name, value)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        context = ray.init(
-            address="local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False
-        )
-        try:
-            yield context.address_info["address"]
-        finally:
-            ray.shutdown()
-
-
-@pytest.fixture
-def s3_folder(cluster: str, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty folder in S3, and Ray to work on it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return s3_root
-
-
-def ingest(corpus: Corpus, root: str, **options: Any) -> InstructReport:
-    given = {"name": "broken", "rules": RULES, "layout": LAYOUT, **options}
-    return ingest_instruct(corpus.records, corpus.images, root=root, **given)
-
-
-def read_parquet(uri: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()
-    return rows
-
-
-def rejected(manifest: InstructManifest) -> dict[int, dict[str, Any]]:
-    return {row["number"]: row for row in read_parquet(manifest.file_uri(manifest.rejected.path))}
-
-
-def stored(manifest: InstructManifest) -> list[dict[str, Any]]:
-    """Every record, shard after shard."""
-    return [row for shard in manifest.shards for row in read_parquet(manifest.file_uri(shard.path))]
-
-
-def left_in(folder: str, name: str) -> list[str]:
-    """What a data set's folder holds, without what belongs to a version."""
-    return [uri.removeprefix(f"{folder}/") for uri in storage.list_prefix(f"{folder}/{name}")]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_every_kind_of_broken_record_ends_in_the_dead_letter(corpus: Corpus, s3_folder: str) -> None:
@@ -351,115 +291,3 @@ def test_records_of_one_image_never_straddle_splits(s3_folder: str, tmp_path: Pa
             seen.setdefault(row["id"][:-1], set()).add(shard.split)
     assert all(len(where) == 1 for where in seen.values())
     assert manifest.rejected.rows == 0
-
-
-# What goes wrong on the way
-
-
-def test_an_image_that_changes_between_the_phases_fails_the_ingest(s3_folder: str, tmp_path: Path) -> None:
-    source = Corpus(tmp_path)
-    for number in range(3):
-        source.keep(record(str(number), source.image(f"{number}.jpg", encode(picture(number)))), f"{number}.jpg")
-    source.write()
-
-    def change(stage: str, done: int, total: int) -> None:
-        if stage == "check" and done == total:
-            source.image("1.jpg", encode(picture(77)))
-
-    with pytest.raises(DataError, match=r"1\.jpg changed after it was checked"):
-        ingest(source, s3_folder, advance=change)
-    assert not [uri for uri in left_in(s3_folder, "broken") if "manifest" in uri or "latest" in uri or "staging" in uri]
-
-
-class StopError(Exception):
-    """Ends an ingest where a test wants it to."""
-
-
-@pytest.mark.parametrize("stage", ["read", "check", "write"])
-def test_an_ingest_that_ends_between_the_phases_leaves_no_version_and_no_staging(
-    stage: str, corpus: Corpus, s3_folder: str
-) -> None:
-    def stop(at: str, done: int, total: int) -> None:
-        if at == stage:
-            raise StopError
-
-    with pytest.raises(StopError):
-        ingest(corpus, s3_folder, advance=stop)
-    left = left_in(s3_folder, "broken")
-    assert not [uri for uri in left if "manifest" in uri or "latest" in uri or "staging" in uri]
-    assert not ingest(corpus, s3_folder).is_unchanged
-    assert verify_manifest(load_manifest(f"{s3_folder}/broken", InstructManifest)) > 0
-
-
-KILLED_DRIVER = """
-import os, signal, sys
-from broken_records import RULES
-from orchestration.instruct.ingest import ingest_instruct
-from orchestration.instruct.rules import Layout
-
-def die(stage, done, total):
-    if (stage, done) == ("check", total):
-        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
-
-layout = Layout(rows_per_group=4, shard_bytes=12_000, records_per_chunk=10)
-ingest_instruct(sys.argv[1], sys.argv[2], name="broken", root=sys.argv[3], rules=RULES, layout=layout, advance=die)
-"""
-
-
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_a_driver_that_is_killed_leaves_no_version(how: str, corpus: Corpus, cluster: str, s3_folder: str) -> None:
-    environment = os.environ | {"RAY_ADDRESS": cluster, "PYTHONPATH": str(Path(__file__).parents[1])}
-    arguments = [str(corpus.records), str(corpus.images), s3_folder, how]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED_DRIVER, *arguments],
-        env=environment,
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
-    assert ended.returncode != 0
-    left = left_in(s3_folder, "broken")
-    assert not [uri for uri in left if "manifest" in uri or "latest" in uri or ".parquet" in uri]
-    if how == "SIGKILL":
-        assert ended.returncode == -signal.SIGKILL
-    else:
-        assert left == [], ended.stderr.decode()[-2000:]
-    manifest = ingest(corpus, s3_folder).manifest
-    assert manifest.rows_kept == len(corpus.kept)
-
-
-def test_a_task_that_kills_its_worker_is_given_up(cluster: str) -> None:
-    def die(batch: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(PlatformError, match="Ray lost a task for good"):
-        list(instruct_tasks._run([{"number": 1}], die))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"split": "../train"}, ConfigError, "split is '../train'"),
-        ({"name": "Upper"}, ConfigError, "name is 'Upper'"),
-        ({"extra_rules": {"taxonomy": "mine"}}, ConfigError, "extra_rules has taxonomy"),
-    ],
-)
-def test_wrong_arguments_are_named(
-    options: dict[str, Any], error: type[Exception], message: str, corpus: Corpus, s3_folder: str
-) -> None:
-    with pytest.raises(error, match=message):
-        ingest(corpus, s3_folder, **options)
-
-
-def test_a_missing_input_is_named(s3_folder: str, tmp_path: Path) -> None:
-    source = Corpus(tmp_path)
-    with pytest.raises(DataError, match="images is no folder on"):
-        ingest(source, s3_folder)
-    source.images.mkdir()
-    with pytest.raises(DataError, match=r"records\.jsonl is no file"):
-        ingest(source, s3_folder)
-    source.records.write_text(" \n\n")
-    with pytest.raises(DataError, match="holds no record"):
-        ingest(source, s3_folder)
-    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
-        ingest_instruct(f"{s3_folder}/nowhere.json", source.images, name="x", root=s3_folder)
