@@ -1,4 +1,4 @@
-"""The house's rules about who imports what, read from the source."""
+"""The house's rules about who imports what and how long things get, read from the source."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ OWNERS = {
     "boto3": {"orchestration/storage.py"},
     "botocore": {"orchestration/storage.py"},
 }
+PACKAGES = ("tinyemo", "orchestration", "cluster", "tests")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
 
 
 def imported(path: Path) -> set[str]:
@@ -49,3 +52,21 @@ def test_one_module_owns_each_outside_service() -> None:
 def test_the_platform_knows_no_training() -> None:
     foreign = {"torch", "tinyemo.projector", "deepspeed", "transformers"}
     assert {str(p): imported(p) & foreign for p in files("cluster") if imported(p) & foreign} == {}
+
+
+def test_no_file_has_two_jobs() -> None:
+    lines = {path: len(path.read_text().splitlines()) for package in PACKAGES for path in files(package)}
+    assert {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MAX_FILE_LINES} == {}
+
+
+def test_no_function_has_two_jobs() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}:{node.name}": length
+        for package in PACKAGES
+        for path in files(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+    }
+    assert long == {}
