@@ -34,7 +34,6 @@ class Outcome:
     code: int
     stdout: str
     stderr: str
-    duration_s: float
 
     @property
     def document(self) -> Any:
@@ -59,7 +58,6 @@ class RunningCommand:
     """A command that runs."""
 
     process: subprocess.Popen[str]
-    began_at: float
 
     def wait(self, timeout_s: float = DEADLINE_S) -> Outcome:
         """Until it ends; a command that does not is killed and fails the test."""
@@ -69,7 +67,7 @@ class RunningCommand:
             self.process.kill()
             stdout, stderr = self.process.communicate()
             pytest.fail(f"still running after {timeout_s} s: {stderr[-2000:]}")
-        return Outcome(self.process.returncode, stdout, stderr, time.monotonic() - self.began_at)
+        return Outcome(self.process.returncode, stdout, stderr)
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Jobs:
             # A suite in the background of a script ignores Ctrl-C, and children would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # one call, no lock
         )  # fmt: skip
-        return RunningCommand(process, time.monotonic())
+        return RunningCommand(process)
 
     def run(self, *arguments: object, **environment: str) -> Outcome:
         """`tinyemo ARGUMENTS` from start to end."""

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ heavy = sorted({"ray", "deepspeed", "mlflow", "boto3", "transformers"} & set(sys
 print("imported:", *heavy, file=sys.stderr)
 sys.exit(code)
 """
+TIMEOUT_S = 120.0  # a hang, not a timing
 EKMAN = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 
 
@@ -50,7 +50,6 @@ class Outcome:
     errors: list[str]
     """Lines of stderr but the last, which is `imported`."""
     imported: list[str]
-    duration_s: float
 
     @property
     def document(self) -> dict[str, Any]:
@@ -66,14 +65,14 @@ def tinyemo(*arguments: object) -> Outcome:
 
 
 def run(arguments: tuple[object, ...], environment: dict[str, str]) -> Outcome:
-    start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY, env=environment | {"COLUMNS": "120"},
+        capture_output=True, text=True, check=False, cwd=REPOSITORY, env=environment | {"COLUMNS": "120"},
+        timeout=TIMEOUT_S,
     )  # fmt: skip
     *errors, imported = result.stderr.strip().splitlines()
     assert imported.startswith("imported:"), result.stderr
-    return Outcome(result.returncode, result.stdout, errors, imported.split()[1:], time.perf_counter() - start)
+    return Outcome(result.returncode, result.stdout, errors, imported.split()[1:])
 
 
 def save_projector(folder: Path, **card: str | int | bool) -> Path:
@@ -124,7 +123,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_evaluate_prints_every_figure_without_ray_and_in_seconds(here: Path):
+def test_evaluate_prints_every_figure_without_ray(here: Path):
     outcome = tinyemo("evaluate", "--projector", here / "projector", "--features", here / "test.parquet", "--json")
     assert (outcome.code, outcome.errors) == (0, [])
     document = outcome.document
@@ -136,7 +135,6 @@ def test_evaluate_prints_every_figure_without_ray_and_in_seconds(here: Path):
     assert document["confusion"][EKMAN.index("sadness")] == [0, 0, 0, 1, 1, 0]
     assert (document["llm_weights"], document["card"]["taxonomy"]) == ("random", "ekman")
     assert outcome.imported == []
-    assert outcome.duration_s < 30
 
 
 def test_the_table_says_how_many_samples_and_what_is_not_real(here: Path, tmp_path: Path):
