@@ -1,0 +1,46 @@
+"""Commands that need neither a model nor Ray start without them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "mlflow")
+# Runs the command line, then says on the last line of stdout which modules were imported.
+PROGRAM = f"""
+import sys
+from orchestration.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("imported:", *sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["assets", "list"],
+        ["platform", "status"],
+        ["ingest", "features", "nothing", "--root", "here"],
+        ["ingest", "instruct", "--records", "nothing", "--images", "nowhere", "--root", "here"],
+        ["ingest", "oasis", "--negative-below", "9"],
+        ["features", "nothing", "--name", "x", "--cpus-per-actor", "0"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_command_imports_only_what_it_needs(arguments: list[str], tmp_path: Path) -> None:
+    services = ("AWS_", "MLFLOW_", "RAY_", "TINYEMO_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(services)}
+    environment |= {"TINYEMO_STATE": str(tmp_path), "TINYEMO_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, env=environment)
+    assert result.stdout.splitlines()[-1] == "imported:"
