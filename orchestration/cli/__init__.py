@@ -8,6 +8,7 @@ import sys
 import typer
 
 from orchestration.cli.assets import assets_app
+from orchestration.cli.explain import explain
 from orchestration.cli.features import features
 from orchestration.cli.ingest import ingest_app
 from orchestration.cli.ingest_instruct import instruct_command
@@ -37,6 +38,7 @@ app.command()(tune)
 app.command()(stream)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(explain)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def train(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one projector: from S3 through Ray Data, DeepSpeed and Ray Train into MLflow.
+    """Train one projector, or all stages of a reasoning model, from S3 through Ray Data, DeepSpeed and Ray Train.
 
     The same command again goes on where an interrupted run stopped, and shows the result of a finished one.
 
@@ -36,12 +36,17 @@ def train(
 
     load_platform_environment()
     loaded = load_recipe(recipe, overrides)
+    if loaded.stages:
+        from orchestration.cli.reasoner import train_stages
+
+        train_stages(loaded, dry_run=dry_run, as_json=as_json)
+        return
     if dry_run:
         _show_plan(loaded, as_json)
         return
     from orchestration.training import train as job
 
-    with _stoppable():
+    with stoppable():
         result = job.train(loaded, on_report=None if as_json else _show_report)
     _show_results([result], as_json)
 
@@ -65,13 +70,13 @@ def family(
         return
     from orchestration.training import family as job
 
-    with _stoppable():
+    with stoppable():
         results = job.train_family(loaded, on_report=None if as_json else _show_report)
     _show_results(results, as_json)
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the command with a line that says how to go on, and exit code 130.
 
     Nothing in the block reaches stdout, which is for results: Ray reports lost workers there.

@@ -66,8 +66,8 @@ def evaluate(
     """
     from tinyemo.classification import evaluate_left_out, evaluate_projector
 
-    with _open_projector(projector) as model:
-        chosen = _choose_words(model, taxonomy, words)
+    with open_projector(projector) as model:
+        chosen = choose_words(model, taxonomy, words)
         table = _read_features(model, features, split)
         if leave_out is not None:
             left_out = _left_out_words(model, leave_out)
@@ -136,8 +136,8 @@ def predict(
 
     if out is not None and out.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out must end in .parquet or .jsonl, got {out.name!r}")
-    with _open_projector(projector) as model:
-        chosen = _choose_words(model, taxonomy, words)
+    with open_projector(projector) as model:
+        chosen = choose_words(model, taxonomy, words)
         rows = predict_labels(model, _read_features(model, features, split), chosen)
     if order_by_score:
         rows.sort(key=lambda row: -row["scores"][row["label"]])
@@ -151,7 +151,7 @@ def predict(
 
 
 @contextmanager
-def _open_projector(location: str) -> Iterator[MetricProjector]:
+def open_projector(location: str) -> Iterator[MetricProjector]:
     """The projector at a local folder or a URI.
 
     Raises:
@@ -205,7 +205,7 @@ def _read_features(model: MetricProjector, location: str, split: str | None) -> 
     return table
 
 
-def _choose_words(model: MetricProjector, taxonomy: str | None, words: str | None) -> tuple[str, ...]:
+def choose_words(model: MetricProjector, taxonomy: str | None, words: str | None) -> tuple[str, ...]:
     """The words to tell apart; those that the projector has no embedding for are embedded and added to it.
 
     Raises:

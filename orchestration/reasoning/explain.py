@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from orchestration import storage
 from orchestration.instruct.oasis import REASONING_REQUESTS
 from orchestration.reasoning.steps import normalise
 from orchestration.streaming.record_batches import open_chat_tokenizer
@@ -48,6 +49,21 @@ class Explanation:
     predicted_label: str | None
     text: str
     scores: dict[str, float] = field(default_factory=dict)
+
+
+def read_image(place: str) -> bytes:
+    """An image's file, from this machine or S3.
+
+    Raises:
+        DataError: there is no such file.
+        StorageError: S3 does not yield it.
+    """
+    if place.startswith("s3://"):
+        return storage.read_bytes(place)
+    try:
+        return Path(place).read_bytes()
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error.strerror}") from error
 
 
 class Explainer:
