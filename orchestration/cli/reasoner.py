@@ -28,13 +28,30 @@ def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     _show_result(result, as_json)
 
 
+def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
+    """Train the reasoning model of a recipe at every size of the family, or show what would be read at each."""
+    from orchestration.reasoning.family import recipe_for_size, train_reasoner_family
+
+    if dry_run:
+        for size in recipe.family.sizes:
+            _show_plan(recipe_for_size(recipe, size), as_json)
+        return
+    with stoppable():
+        results = train_reasoner_family(recipe, on_report=None if as_json else _show_report)
+    if as_json:
+        typer.echo(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    for result in results:
+        _show_result(result, as_json)
+
+
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.weights import describe_sources
     from orchestration.recipe import to_toml
 
     sources = describe_sources(recipe)
-    plan = prepare_reasoning(recipe, sources.encoder)
+    plan = prepare_reasoning(recipe, sources)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "recipe_digest": recipe.digest(),

@@ -57,7 +57,9 @@ def family(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train one projector for each size of the family, as children of one MLflow run; register the best.
+    """Train one projector, or reasoning model, for each size of the family, as children of one MLflow run.
+
+    Of projectors, the best by validation is registered.
 
     Example: tinyemo family family --set name=family-nt-xent
     """
@@ -65,6 +67,11 @@ def family(
 
     load_platform_environment()
     loaded = load_recipe(recipe, overrides)
+    if loaded.stages:
+        from orchestration.cli.reasoner import train_family_stages
+
+        train_family_stages(loaded, dry_run=dry_run, as_json=as_json)
+        return
     if dry_run:
         _show_plan(loaded, as_json)
         return

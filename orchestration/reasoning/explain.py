@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from orchestration import storage
 from orchestration.instruct.oasis import REASONING_REQUESTS
@@ -79,6 +80,7 @@ class Explainer:
         Raises:
             DataError: the folder holds no such model, or the projector reads features of another encoder.
         """
+        hf_logging.disable_progress_bar()
         try:
             self.model = Reasoner.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
             end_token = AutoTokenizer.from_pretrained(folder, local_files_only=True).eos_token

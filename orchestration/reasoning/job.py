@@ -75,7 +75,9 @@ class ReasonerResult:
     duration_s: float
 
 
-def train_reasoner(recipe: Recipe, *, on_report: OnReport | None = None) -> ReasonerResult:
+def train_reasoner(
+    recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnReport | None = None
+) -> ReasonerResult:
     """Train every stage of a recipe, from where an earlier call of the same name and recipe left it.
 
     Raises:
@@ -84,10 +86,10 @@ def train_reasoner(recipe: Recipe, *, on_report: OnReport | None = None) -> Reas
     """
     began_at = time.monotonic()
     sources = describe_sources(recipe)
-    plan = prepare_reasoning(recipe, sources.encoder)
+    plan = prepare_reasoning(recipe, sources)
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    parent = read_claim(folder, plan)
-    if parent is not None and storage.exists(f"{folder}/result.json"):
+    claimed = read_claim(folder, plan)
+    if claimed is not None and storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return ReasonerResult(**storage.read_json(f"{folder}/result.json"))
     tracking.require_server()
@@ -97,9 +99,10 @@ def train_reasoner(recipe: Recipe, *, on_report: OnReport | None = None) -> Reas
         recipe.name,
         params=recipe.model_dump(mode="json"),
         tags={"kind": "reasoner", **_tags(recipe, plan, sources)},
-        resume_run_id=parent,
+        parent_run_id=parent_run_id,
+        resume_run_id=claimed,
     ) as run:
-        if parent is None:
+        if claimed is None:
             write_claim(folder, plan, run.run_id)
         _log_inputs(run, plan)
         stages: dict[str, StageResult] = {}

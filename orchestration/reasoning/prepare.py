@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestration.reasoning.config import StageConfig
+from orchestration.reasoning.weights import Sources, tokenizer_source
 from orchestration.recipe import Recipe
 from orchestration.streaming.record_sets import RecordSet, open_record_set
 from orchestration.streaming.record_stream import RecordPlan, plan_records
+from tinyemo.embedding_tables import open_tokenizer
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import ConfigError, DataError
 
@@ -40,18 +42,18 @@ class ReasoningPlan:
         return {"recipe": self.recipe.digest(), "data": self.digests()}
 
 
-def prepare_reasoning(recipe: Recipe, encoder: EncoderSpec) -> ReasoningPlan:
+def prepare_reasoning(recipe: Recipe, sources: Sources) -> ReasoningPlan:
     """The plans of a recipe's stages; manifests are read, no shard is and no worker started.
 
     Raises:
         ConfigError: all that does not fit together, one line a field.
         StorageError: S3 cannot be read.
     """
-    problems: list[str] = []
+    problems = _vocabulary_problems(recipe, sources)
     plans: dict[str, RecordPlan] = {}
     for name, stage in recipe.stages.items():
         try:
-            plans[name] = _plan_stage(recipe, name, stage, encoder)
+            plans[name] = _plan_stage(recipe, name, stage, sources.encoder)
         except (ConfigError, DataError) as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -61,6 +63,21 @@ def prepare_reasoning(recipe: Recipe, encoder: EncoderSpec) -> ReasoningPlan:
     last = list(recipe.stages)[-1]
     held_out = [_plan_held_out(plans[last], split) for split in (recipe.evaluation.validation, recipe.evaluation.test)]
     return ReasoningPlan(recipe, plans, held_out[0], held_out[1])
+
+
+def _vocabulary_problems(recipe: Recipe, sources: Sources) -> list[str]:
+    """Of a tokenizer whose ids the language model has no embeddings for."""
+    if not recipe.records.tokenizer:
+        return ["records.tokenizer: is empty; a language model needs its tokenizer"]
+    if sources.vocabulary is None:
+        return []
+    found = open_tokenizer(tokenizer_source(recipe.records.tokenizer)).get_vocab_size()
+    if found <= sources.vocabulary:
+        return []
+    return [
+        f"records.tokenizer: {recipe.records.tokenizer} has {found} tokens and reasoner.llm {recipe.reasoner.llm} "
+        f"embeddings for {sources.vocabulary}; name the tokenizer of that language model"
+    ]
 
 
 def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderSpec) -> RecordPlan:

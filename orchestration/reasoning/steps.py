@@ -143,6 +143,7 @@ def take_step(engine: Engine, micro_batches: list[MicroBatch], step: int, seed: 
         is_last = place == len(micro_batches) - 1
         accumulate(engine, loss * (world_size / work.answer_tokens), is_last=is_last, before_step=check)
     point = {"train/loss": losses[0], "train/learning_rate": rate, "train/answer_tokens": float(work.answer_tokens)}
+    point["train/tokens"] = float(work.tokens)
     return {"step": step, **point}, work
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.utils import logging as hf_logging
 
 from orchestration import storage
 from orchestration.assets.catalogue import CATALOGUE, cache_folder, find_asset, get_asset
@@ -24,7 +25,7 @@ from tinyemo.errors import AssetError, ConfigError, DataError
 from tinyemo.families import FAMILY
 from tinyemo.reasoner.loading import build_reasoner, find_gguf, is_random
 from tinyemo.reasoner.model import Reasoner
-from tinyemo.reasoner.presets import vision_preset
+from tinyemo.reasoner.presets import text_preset, vision_preset
 from tinyemo.reasoner.trained import merge_adapters, select_trained
 from tinyemo.vision import WEIGHTS_MARK
 
@@ -43,12 +44,14 @@ class Sources:
         llm_revision: commit of a hub repository, sha256 of the files, or "random".
         llm_weights: "real" or "random".
         encoder: the vision tower's.
+        vocabulary: rows of the language model's embeddings; None where its file alone says it, the tokenizer's with it.
     """
 
     llm_name: str
     llm_revision: str
     llm_weights: str
     encoder: EncoderSpec
+    vocabulary: int | None
 
     @property
     def image_tokens(self) -> int:
@@ -71,10 +74,13 @@ def describe_sources(recipe: Recipe) -> Sources:
     else:
         encoder = describe_choice(choose_encoder(source.vision_tower, source.vision_revision))
     if is_random(source.llm):
-        return Sources(_llm_name(source.llm), "random", "random", encoder)
+        vocabulary = text_preset(source.llm.partition(":")[2]).vocab_size
+        return Sources(_llm_name(source.llm), "random", "random", encoder, vocabulary)
     path = fetch_llm(recipe)
-    weights = "random" if find_gguf(path) is None and _config(path).get(WEIGHTS_MARK) == "random" else "real"
-    return Sources(_llm_name(source.llm), source.llm_revision or _digest(path), weights, encoder)
+    config = _config(path) if find_gguf(path) is None else {}
+    weights = "random" if config.get(WEIGHTS_MARK) == "random" else "real"
+    revision = source.llm_revision or _digest(path)
+    return Sources(_llm_name(source.llm), revision, weights, encoder, config.get("vocab_size"))
 
 
 def _llm_name(source: str) -> str:
@@ -164,6 +170,7 @@ def tokenizer_source(name: str) -> Path:
 def build_start(recipe: Recipe) -> Reasoner:
     """The model as no stage has seen it yet, fp32: parts from their sources, the connector seeded, equal anywhere."""
     source = recipe.reasoner
+    hf_logging.disable_progress_bar()
     if is_random(source.vision_tower):
         vision: Path | str = source.vision_tower
         spec = None
@@ -220,7 +227,7 @@ def prepare_stage(model: Reasoner, stage: StageConfig, seed: int) -> Reasoner:
     )
     if stage.gradient_checkpointing:
         # Without re-entering, gradients also reach a checkpointed block whose input needs none.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 
@@ -230,7 +237,7 @@ def finish_stage(model: Reasoner, stage: StageConfig, uri: str, seed: int) -> Re
     prepare_stage(model, stage, seed)
     load_trained(model, uri)
     merge_adapters(model)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     return model
 
 

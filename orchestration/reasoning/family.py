@@ -1,0 +1,100 @@
+"""One reasoning model for each size of the family, side by side under one parent run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from orchestration import storage, tracking
+from orchestration.fit import read_curve
+from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
+from orchestration.recipe import Recipe, parse_recipe
+from tinyemo.errors import AssetError, TrainingError
+from tinyemo.families import FAMILY
+
+logger = logging.getLogger(__name__)
+
+FIGURES = ("train/tokens_per_s", "train/peak_memory_bytes", "train/model_flops_per_s", "train/mfu")
+
+
+def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
+    """The recipe of one child: the size's language model, seeded random weights where its own are out of reach.
+
+    Raises:
+        AssetError: they are, and the recipe does not say family.random_weights = true.
+    """
+    content = recipe.model_dump(mode="json")
+    content["name"] = f"{recipe.name}-{size}"
+    mirror = os.environ.get("TINYEMO_MIRROR")
+    folder = Path(mirror) / "llms" / size if mirror else None
+    asset = FAMILY[size].asset
+    if folder is not None and folder.is_dir():
+        source = str(folder)
+    elif asset is not None:
+        source = asset
+    elif recipe.family.random_weights:
+        logger.warning("%s: its weights are out of reach, going on with RANDOM ones", size)
+        source = f"random:{size}"
+    else:
+        raise AssetError(
+            f"no source of the weights of {size} answers: put {FAMILY[size].llm} at TINYEMO_MIRROR/llms/{size}, or set "
+            "family.random_weights = true, and every table says so"
+        )
+    content["reasoner"] |= {"llm": source, "llm_revision": None}
+    return parse_recipe(content, source=recipe.name)
+
+
+def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[ReasonerResult]:
+    """Train the stages of a recipe at every size of `recipe.family.sizes`.
+
+    Raises:
+        AssetError: a size has no weights, see `recipe_for_size`; nothing was started.
+        TinyEmoError: see `train_reasoner`.
+    """
+    children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
+    done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
+    if storage.exists(done):
+        if storage.read_json(done)["recipe_digest"] != recipe.digest():
+            raise TrainingError(
+                f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
+            )
+        return [train_reasoner(child) for child in children]  # finished: each returns its result as it stands
+    earlier = tracking.find_run(recipe.experiment, recipe.name)
+    with tracking.open_run(
+        recipe.experiment,
+        recipe.name,
+        params=recipe.model_dump(mode="json"),
+        tags={"kind": "reasoner-family"},
+        resume_run_id=earlier.run_id if earlier else None,
+    ) as run:
+        results = [train_reasoner(child, parent_run_id=run.run_id, on_report=on_report) for child in children]
+        rows = [size_row(child, size) for child, size in zip(children, recipe.family.sizes, strict=True)]
+        for row in rows:
+            run.log_metrics({f"{row['size']}/{key}": value for key, value in row["figures"].items()})
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "sizes.json"
+            path.write_text(json.dumps(rows, indent=1))
+            run.log_artifact(path)
+        storage.write_json(done, {"recipe_digest": recipe.digest(), "sizes": list(recipe.family.sizes)})
+    return results
+
+
+def size_row(child: Recipe, size: str) -> dict[str, Any]:
+    """What a size's stages say, side by side: newest figures of each stage, and its loss against tokens seen."""
+    figures: dict[str, float] = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for stage in child.stages:
+        tokens, curve = 0.0, []
+        for _, point in read_curve(f"{child.checkpoint.root}/{child.name}/{stage}"):
+            tokens += point.get("train/tokens", 0.0)
+            if "train/loss" in point:
+                curve.append((tokens, point["train/loss"]))
+                figures[f"{stage}/loss"] = point["train/loss"]
+            figures |= {f"{stage}/{key.removeprefix('train/')}": point[key] for key in FIGURES if key in point}
+        figures[f"{stage}/tokens"] = tokens
+        curves[stage] = curve
+    return {"size": size, "llm": child.reasoner.llm, "figures": figures, "loss_against_tokens": curves}
