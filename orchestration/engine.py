@@ -275,10 +275,52 @@ def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
 
 def optimizer_state_bytes(engine: Engine) -> int:
     """Bytes of this rank's optimizer-state tensors (moments and, where DeepSpeed keeps one, the fp32 master copy)."""
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    states = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    states = [
+        value
+        for state in _inner(engine.optimizer).state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in states if tensor.dim() > 0)
+
+
+def state_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes that this rank holds, counted from tensors: "parameters", "gradients" and "optimizer".
+
+    Frozen parameters are among the parameters, DeepSpeed's own copy of the trained ones is among the optimizer's. Call
+    it between the last backward pass and the step, where gradients are there.
+    """
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    is_sharded = engine.zero_optimization_stage() == 3
+    kinds: dict[str, list[Any]] = {
+        "parameters": [parameter.ds_tensor if is_sharded else parameter for parameter in parameters],
+        "gradients": [parameter.grad for parameter in parameters],
+        "optimizer": [value for state in _inner(optimizer).state.values() for value in state.values()],
+    }
+    for kind, names in (
+        ("gradients", ("averaged_gradients", "grad_partitions_flat_buffer")),
+        ("optimizer", ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")),
+    ):
+        kinds[kind] += [getattr(optimizer, name, None) for name in names]
+    seen: set[int] = set()
+    return {kind: _bytes_of(held, seen) for kind, held in kinds.items()}
+
+
+def _inner(optimizer: Any) -> Any:
+    """Torch's optimizer inside DeepSpeed's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _bytes_of(held: Any, seen: set[int]) -> int:
+    """Bytes of all storages below lists and tables that were not seen before."""
+    if isinstance(held, dict):
+        held = list(held.values())
+    if isinstance(held, list | tuple):
+        return sum(_bytes_of(item, seen) for item in held)
+    if not isinstance(held, Tensor) or held.dim() == 0 or held.untyped_storage().data_ptr() in seen:
+        return 0
+    seen.add(held.untyped_storage().data_ptr())
+    return held.untyped_storage().nbytes()
 
 
 def load_collectives() -> None:

@@ -1,0 +1,217 @@
+"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero]`.
+
+speed: tokens/s of (a) our job, S3 -> Ray Data -> Ray Train -> DeepSpeed on OASIS' instruct records, and (b) a raw twin,
+torchrun and DeepSpeed over the very same micro-batches in memory (benchmarks/lm_twin.py); 2 ranks of one thread,
+SmolLM2-135M and EfficientNet-Lite0 with real weights, in turns, warm-up excluded. Needs the platform with OASIS in S3
+(`tinyemo ingest oasis`).
+
+zero: bytes a rank holds of parameters, gradients and optimizer state at ZeRO 0 to 3 on 2 ranks, counted from tensors,
+against the formula.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
+
+from benchmarks.machine import write_results
+from orchestration.recipe import Recipe, parse_recipe
+
+WORLD_SIZE = 2
+ROUNDS, WINDOWS, STEPS_PER_WINDOW = 2, 3, 4
+STAGES = {
+    "connector": {"trains": "connector"},
+    "lora": {"trains": "lora", "lora": {"rank": 16, "alpha": 32}, "gradient_checkpointing": False},
+}
+
+
+def speed_recipe(trains: str) -> Recipe:
+    """A stage of a few windows; the first one is for warming up."""
+    stage = {
+        **STAGES[trains], "template": "chatml", "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-4,
+        "num_steps": (WINDOWS + 1) * STEPS_PER_WINDOW,
+    }  # fmt: skip
+    content = {
+        "name": f"bench-lm-{trains}",
+        "records": {"datasets": ["s3://tinyemo/datasets/oasis"], "template": "chatml"},
+        "engine": {"zero_stage": 1, "precision": "auto"},
+        "workers": {"num_workers": WORLD_SIZE, "cpus_per_worker": 1},
+        "checkpoint": {"every_steps": STEPS_PER_WINDOW},
+        "stages": {"stage": stage},
+    }
+    return parse_recipe(content, source="benchmark")
+
+
+def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
+    """(tokens/s of each window but the first, share of their time that waited for data), by the real loop."""
+    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
+    from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.reasoning.weights import describe_sources
+
+    connect()
+    plan = prepare_reasoning(recipe, describe_sources(recipe))
+    job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
+    state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
+    points = [point for _, point in read_curve(state.folder) if "train/tokens_per_s" in point][1:]
+    assert len(points) == WINDOWS
+    return [point["train/tokens_per_s"] for point in points], statistics.mean(p["train/wait_share"] for p in points)
+
+
+def store_batches(recipe: Recipe, folder: Path) -> None:
+    """The run's micro-batches as each rank of the job gets them, for the twin."""
+    from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.reasoning.steps import Inputs
+    from orchestration.reasoning.weights import describe_sources
+    from orchestration.streaming.epoch_plan import Window
+    from orchestration.streaming.ordered_stream import from_ipc
+    from orchestration.streaming.record_batches import collate
+    from tinyemo.conversation import IMAGE_TOKEN_ID
+
+    sources = describe_sources(recipe)
+    plan = prepare_reasoning(recipe, sources).stages["stage"]
+    inputs = Inputs(sources.encoder.preprocessing, torch.device("cpu"), IMAGE_TOKEN_ID)
+    size = recipe.stages["stage"].global_batch_size // WORLD_SIZE
+    for row in plan.read(Window(0, 0, plan.num_steps), 0):
+        table = from_ipc(row["rows"])
+        steps = []
+        for step in range(plan.num_steps):
+            batch = collate(table.slice(step * size, size), 0, step, plan.form)
+            parts = inputs.micro_batches(batch, recipe.stages["stage"].micro_batch_size)
+            steps.append(
+                [
+                    {
+                        "input_ids": part.input_ids,
+                        "labels": part.labels,
+                        "position_ids": part.position_ids,
+                        "pixel_values": part.pixel_values,
+                    }
+                    for part in parts
+                ]
+            )
+        torch.save(steps, folder / f"batches-{row['rank']}.pt")
+
+
+def run_twin(recipe: Recipe, folder: Path) -> list[float]:
+    """Tokens/s of each window but the first, by torchrun."""
+    (folder / "recipe.json").write_text(recipe.model_dump_json())
+    twin = Path(__file__).with_name("lm_twin.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+    subprocess.run([*command, str(twin), str(folder), str(STEPS_PER_WINDOW)], check=True, capture_output=True)
+    rates: list[float] = json.loads((folder / "rates.json").read_text())
+    assert len(rates) == WINDOWS + 1
+    return rates[1:]
+
+
+def measure_speed() -> dict[str, Any]:
+    """Medians over rounds and windows, the systems in turns."""
+    from cluster.environment import load_platform_environment
+
+    load_platform_environment()
+    tokens: dict[str, dict[str, float]] = {"ours": {}, "twin": {}}
+    ratios, waits, windows = {}, {}, {}
+    for trains in STAGES:
+        recipe = speed_recipe(trains)
+        found: dict[str, list[float]] = {"ours": [], "twin": []}
+        shares = []
+        for turn in range(ROUNDS):
+            rates, share = run_job(recipe, f"s3://tinyemo/runs/bench-lm/{int(time.time())}-{trains}-{turn}")
+            found["ours"] += rates
+            shares.append(share)
+            with tempfile.TemporaryDirectory() as name:
+                store_batches(recipe, Path(name))
+                found["twin"] += run_twin(recipe, Path(name))
+        for system, rates in found.items():
+            tokens[system][trains] = statistics.median(rates)
+        ratios[trains] = tokens["ours"][trains] / tokens["twin"][trains]
+        waits[trains], windows[trains] = statistics.mean(shares), found
+        print(
+            f"{trains}: ours {tokens['ours'][trains]:,.1f}, twin {tokens['twin'][trains]:,.1f} tokens/s, ratio "
+            f"{ratios[trains]:.3f}; waiting for data {100 * waits[trains]:.2f} % of the time",
+            flush=True,
+        )
+    return {"tokens_per_s": tokens, "ours_vs_twin": ratios, "wait_share": waits, "windows": windows}
+
+
+def zero_row(zero_stage: int) -> dict[str, Any]:
+    """Two steps of full fine-tuning on this rank; bytes counted before the second optimizer step."""
+    from orchestration.engine import accumulate, state_bytes
+    from orchestration.reasoning.loop import start_stage
+    from orchestration.reasoning.weights import build_for_stage
+
+    content = {
+        "name": "zero",
+        "engine": {"zero_stage": zero_stage, "precision": "fp32"},
+        "stages": {"stage": {"trains": "llm", "global_batch_size": WORLD_SIZE, "micro_batch_size": 1}},
+    }
+    recipe = parse_recipe(content, source="benchmark")
+    model = build_for_stage(recipe, "stage", {})
+    numbers = {
+        "all": sum(parameter.numel() for parameter in model.parameters()),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+    engine = start_stage(model, recipe, recipe.stages["stage"], num_steps=4, world_size=WORLD_SIZE)
+    held: dict[str, int] = {}
+    ids = torch.arange(3, 19)[None]
+    for _ in range(2):  # Adam's moments come with the first step
+        loss = engine(input_ids=ids, labels=ids).loss
+        accumulate(engine, loss, is_last=True, before_step=lambda: held.update(state_bytes(engine)))
+    return {"numbers": numbers, "bytes": held}
+
+
+def zero_rank(rank: int, port: int, folder: str) -> None:
+    """One rank, stage after stage."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE)
+    torch.save([zero_row(zero_stage) for zero_stage in range(4)], Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def measure_zero() -> dict[str, Any]:
+    """Bytes of rank 0 by ZeRO stage and kind, and by the formula.
+
+    fp32, n numbers of which t are trained, w ranks: parameters 4n (stage 3: 4n/w); gradients 4t, from stage 1 on 4t/w
+    (stage 1 holds them all during the backward pass and drops the others' once they are reduced); Adam 8t, from stage
+    1 on 8t/w and DeepSpeed's own copy of the trained parameters, 4t/w.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        torch.multiprocessing.spawn(zero_rank, (port, folder), nprocs=WORLD_SIZE)
+        found = torch.load(Path(folder) / "0.pt", weights_only=True)
+    rows = {}
+    for zero_stage, row in enumerate(found):
+        n, t, w = row["numbers"]["all"], row["numbers"]["trained"], WORLD_SIZE
+        formula = {
+            "parameters": 4 * n // (w if zero_stage == 3 else 1),
+            "gradients": 4 * t // (1 if zero_stage == 0 else w),
+            "optimizer": 8 * t if zero_stage == 0 else 12 * t // w,
+        }
+        ratio = {kind: row["bytes"][kind] / formula[kind] for kind in formula}
+        rows[f"zero {zero_stage}"] = {"bytes": row["bytes"], "formula": formula, "bytes_vs_formula": ratio}
+        print(f"ZeRO {zero_stage}: {row['bytes']}, against the formula {ratio}", flush=True)
+    return {"zero_bytes_of_a_rank": rows}
+
+
+if __name__ == "__main__":
+    known = {"speed": measure_speed, "zero": measure_zero}
+    parts = sys.argv[1:] or list(known)
+    if unknown := [part for part in parts if part not in known]:
+        sys.exit(f"unknown part {', '.join(unknown)}: choose from {', '.join(known)}")
+    for part in parts:
+        print("written", write_results("lm", known[part]()))
