@@ -1,4 +1,4 @@
-"""How records come out of S3, ours beside its peers: `python benchmarks/streaming.py [speed] [resume] [mix] [wait] [scale]`.
+"""How records come out of S3, ours beside its peers: `python benchmarks/streaming.py [PART...]`, every part by default.
 
 Needs the platform (`tinyemo platform up`). Peers live apart, never in the project's environment: `python -m pip install
 --no-deps --target PEERS mosaicml-streaming webdataset braceexpand brotli python-snappy cramjam zstd xxhash catalogue`,

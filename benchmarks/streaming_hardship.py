@@ -36,8 +36,8 @@ def measure_resume() -> dict[str, Any]:
     from orchestration import storage
     from orchestration.fit import read_state
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import prepare_records
     from orchestration.streaming.ledger import check_ledger, read_ledger
+    from orchestration.streaming.prepare import prepare_records
 
     settings = ingest_oasis_copies()
     state = load_state(resolve_folder(None))
@@ -99,8 +99,9 @@ def measure_resume() -> dict[str, Any]:
 def measure_mix() -> dict[str, Any]:
     """One job over an abundant and a small data set by weight: what its ledger holds of each."""
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import prepare_records, read_stream
+    from orchestration.streaming.job import read_stream
     from orchestration.streaming.ledger import read_ledger
+    from orchestration.streaming.prepare import prepare_records
 
     abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()
     weights = (3.0, 1.0)
@@ -184,8 +185,8 @@ def measure_wait() -> dict[str, Any]:
 
     from orchestration.fit import ReportCallback, connect, read_curve, run_phase
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import prepare_records
     from orchestration.streaming.loop import StreamJob
+    from orchestration.streaming.prepare import prepare_records
     from orchestration.training.train import train
 
     settings = ingest_oasis_copies()

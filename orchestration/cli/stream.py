@@ -34,9 +34,9 @@ def stream(
     from orchestration.recipe import load_recipe
 
     recipe = load_recipe(recipe_name, overrides)
-    from orchestration.streaming.job import prepare_records, read_stream
-
     if is_dry_run:
+        from orchestration.streaming.prepare import prepare_records
+
         plan = prepare_records(recipe)
         for part, count in zip(plan.sets, plan.steps.counts, strict=True):
             typer.echo(
@@ -47,6 +47,8 @@ def stream(
             f"read in {len(plan.windows(0))} windows by {plan.config.num_readers} readers for {plan.world_size} workers"
         )
         return
+
+    from orchestration.streaming.job import read_stream
 
     def show(step: int, num_steps: int) -> None:
         typer.echo(f"step {step} of {num_steps}", err=True)

@@ -16,9 +16,9 @@ from orchestration.recipe import Recipe
 from orchestration.streaming.epoch_plan import shuffle_quality
 from orchestration.streaming.ledger import LedgerCheck, check_ledger, read_ledger
 from orchestration.streaming.loop import StreamJob, stream_loop_per_worker
-from orchestration.streaming.record_sets import open_record_set
-from orchestration.streaming.record_stream import RecordPlan, plan_records
-from tinyemo.errors import ConfigError, TrainingError
+from orchestration.streaming.prepare import prepare_records
+from orchestration.streaming.record_stream import RecordPlan
+from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -47,29 +47,6 @@ class StreamResult:
     first_batch_s: float
     shuffle: dict[str, float]
     ledger: dict[str, int] | None
-
-
-def prepare_records(recipe: Recipe) -> RecordPlan:
-    """The plan of a recipe's records; manifests are read, no shard is.
-
-    Raises:
-        ConfigError: the recipe names no data set, or one that does not fit it.
-        StorageError, DataError: a data set cannot be read.
-    """
-    if not recipe.records.datasets:
-        raise ConfigError(
-            "records.datasets: names no data set; make one with `tinyemo ingest instruct` or `tinyemo ingest oasis` "
-            "and say --set 'records.datasets=[\"s3://tinyemo/datasets/oasis\"]'"
-        )
-    sets = tuple(open_record_set(uri, recipe.records.split) for uri in recipe.records.datasets)
-    return plan_records(
-        sets,
-        recipe.records,
-        seed=recipe.train.seed,
-        global_batch_size=recipe.train.global_batch_size,
-        num_epochs=recipe.train.num_epochs,
-        world_size=recipe.workers.num_workers,
-    )
 
 
 def read_stream(recipe: Recipe, *, has_ledger: bool = False, on_step: OnStep | None = None) -> StreamResult:
