@@ -51,8 +51,11 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## Measure; writes benchmarks/results/*.json
-	$(BIN)/python benchmarks/projector.py
+bench: setup ## Measure everything (hours on 2 cores); writes benchmarks/results/*.json
+	tinyemo platform up
+	tinyemo assets get emotion6 && tinyemo ingest features emotion6 --name emotion6
+	tinyemo ingest oasis
+	for name in projector search streaming lm; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 down: ## End the local platform
 	$(BIN)/tinyemo platform down
