@@ -1,0 +1,214 @@
+"""Both stages on the session's platform with a small language model: what a run leaves, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from job_runner import Jobs
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestration import storage
+from orchestration.reasoning.prepare import prepare_reasoning
+from orchestration.reasoning.steps import Inputs, losses_by_record
+from orchestration.reasoning.weights import describe_sources
+from orchestration.recipe import load_recipe
+from orchestration.streaming.epoch_plan import Window
+from orchestration.streaming.ordered_stream import from_ipc
+from orchestration.streaming.record_batches import collate
+from tinyemo.reasoner.model import Reasoner
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+WORDS = ("fear", "joy", "sadness")
+NUM_RECORDS = {"train": 96, "validation": 12, "test": 18}
+RECIPE = """
+[reasoner]
+llm = "{llm}"
+[records]
+datasets = ["s3://tinyemo/datasets/moods"]
+template = "chatml"
+[engine]
+zero_stage = 2
+precision = "fp32"
+[checkpoint]
+every_steps = 4
+[stages.pretrain]
+template = "plain"
+global_batch_size = 8
+micro_batch_size = 2
+learning_rate = 5e-3
+[stages.finetune]
+trains = "lora"
+lora = {{ rank = 4, alpha = 8, dropout = 0.1 }}
+global_batch_size = 8
+micro_batch_size = 2
+learning_rate = 5e-3
+"""
+
+
+def mood(number: int, split: str) -> dict[str, Any]:
+    """A record in the published form, over a picture that no other split has."""
+    word = WORDS[number % 3]
+    question = f"<image>\nWhy?\nLabels: [{', '.join(WORDS)}]\nThe correct label is {word}."
+    answer = f"Reasoning: It is plain.\nPredicted Label: {word}"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    name = f"{split}-{number}"
+    return {"id": f"moods/{name}/reasoning", "image": f"{name}.png", "conversations": turns, "split": split,
+            "task": "reasoning", "label": word}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(jobs: Jobs) -> Path:
+    """A recipe over a data set in S3 and a language model of 3 million numbers that was never trained."""
+    images, records = jobs.folder / "moods", []
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in NUM_RECORDS.items():
+        for number in range(count):
+            records.append(mood(number, split))
+            blocks = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+            blocks.resize((64, 64), Image.Resampling.NEAREST).save(images / f"{split}-{number}.png")
+    path = jobs.folder / "moods.json"
+    path.write_text(json.dumps(records))
+    arguments = ("--records", path, "--images", images, "--name", "moods", "--json")
+    outcome = jobs.run("ingest", "instruct", *arguments)
+    assert outcome.code == 0, outcome.stderr
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, tinyemo_weights="random",
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(jobs.folder / "llm")
+    return jobs.recipe("moods-run", RECIPE.format(llm=jobs.folder / "llm"))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went through, and one of the same recipe that lost a worker in each stage."""
+
+    whole: dict[str, Any]
+    killed: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(jobs: Jobs, recipe: Path) -> Finished:
+    whole = jobs.run("train", recipe, "--json").document
+    command = jobs.start("train", recipe, "--set", "name=moods-killed", "--json")
+    for stage in ("pretrain", "finetune"):
+        jobs.wait_for_step("moods-killed", 4, command, stage)
+        jobs.train_workers()[0].kill()
+    outcome = command.wait(900)
+    assert outcome.stderr.count("attempt failed") == 2
+    return Finished(whole, outcome.document)
+
+
+def test_a_killed_worker_changes_no_loss(jobs: Jobs, finished: Finished) -> None:
+    for stage in ("pretrain", "finetune"):
+        whole = jobs.curve("moods-run", stage)
+        assert len(whole) == NUM_RECORDS["train"] // 8
+        assert jobs.curve("moods-killed", stage) == whole
+    assert finished.killed["evaluation"] == finished.whole["evaluation"]
+
+
+def test_stages_learn_one_after_the_other(jobs: Jobs, finished: Finished) -> None:
+    pretrain, finetune = (finished.whole["stages"][name] for name in ("pretrain", "finetune"))
+    assert pretrain["last_loss"] < pretrain["first_loss"]
+    assert finetune["val_loss"] < pretrain["val_loss"]
+    assert finished.whole["llm_weights"] == "random"
+    with jobs.connected():
+        trained = jobs.folder / "trained.safetensors"
+        storage.download_file(f"{finetune['checkpoint']}/trained.safetensors", trained)
+    names = set(load_file(trained))
+    assert {name.split(".")[0] for name in names} == {"connector", "language_model"}
+    assert all("lora_" in name for name in names if name.startswith("language_model"))
+
+
+def test_the_evaluation_counts_every_test_record_once(jobs: Jobs, finished: Finished) -> None:
+    evaluation = finished.whole["evaluation"]
+    assert evaluation["num_records"] == NUM_RECORDS["test"]
+    assert set(evaluation["loss"]) == {"right", "shuffled", "text_only"}
+    assert evaluation["tests"]["shuffled"]["num_pairs"] == NUM_RECORDS["test"]
+
+
+def test_mlflow_shows_a_child_for_each_stage_and_where_it_came_from(jobs: Jobs, finished: Finished) -> None:
+    (parent,) = jobs.mlflow_runs("moods-run")
+    (pretrain,), (finetune,) = (jobs.mlflow_runs(f"moods-run-{name}") for name in ("pretrain", "finetune"))
+    assert {run.info.status for run in (parent, pretrain, finetune)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in (pretrain, finetune)} == {parent.info.run_id}
+    assert finetune.data.tags["starts_from.run_id"] == pretrain.info.run_id
+    assert finetune.data.tags["starts_from.checkpoint"] == finished.whole["stages"]["pretrain"]["checkpoint"]
+    assert parent.data.tags["llm.revision"].startswith("sha256-")
+    assert parent.data.metrics["test/loss_right"] == finished.whole["evaluation"]["loss"]["right"]
+    for key in ("train/loss", "train/learning_rate", "train/tokens_per_s", "train/wait_share", "val/loss"):
+        assert key in finetune.data.metrics, key
+
+
+@pytest.fixture(scope="module")
+def folder(jobs: Jobs, finished: Finished) -> Path:
+    """The exported model."""
+    path = jobs.folder / "export"
+    with jobs.connected():
+        storage.download_folder(finished.whole["model"], path)
+    return path
+
+
+@torch.no_grad()
+def test_the_export_with_merged_adapters_has_the_loss_that_the_engine_had(
+    jobs: Jobs, recipe: Path, finished: Finished, folder: Path
+) -> None:
+    model = Reasoner.from_pretrained(folder).eval()
+    inputs = Inputs(model.config.encoder_spec.preprocessing, torch.device("cpu"), model.config.image_token_id)
+    with jobs.connected():
+        loaded = load_recipe(str(recipe))
+        plan = prepare_reasoning(loaded, describe_sources(loaded)).validation
+        assert plan is not None
+        tables = [from_ipc(row["rows"]) for row in plan.read(Window(0, 0, plan.num_steps), 0)]
+    rows = []
+    for table in tables:
+        batch = collate(table, 0, 0, plan.form)
+        whole = inputs.micro_batch(batch)
+        rows += losses_by_record(whole, whole.forward(model))
+    num_tokens = sum(count for count, _ in rows)
+    loss = sum(nats for _, nats in rows) / num_tokens
+    assert loss == pytest.approx(finished.whole["stages"]["finetune"]["val_loss"], abs=1e-4)
+
+
+def test_the_export_explains_an_image(jobs: Jobs, finished: Finished, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "language model's weights are random" in card
+    assert f"| {finished.whole['evaluation']['loss']['right']:.4f} |" in card
+    image = jobs.folder / "moods" / "test-1.png"
+    arguments = (image, "--model", folder, "--labels", ",".join(WORDS), "--label", "joy", "--json")
+    (said,) = jobs.run("explain", *arguments).document["images"]
+    assert (said["label"], said["scores"]) == ("joy", {})
+    assert "joy" in jobs.run("explain", *arguments[:-1]).stdout
+    many = jobs.run("explain", jobs.folder / "moods", "--model", "moods-run", *arguments[3:], "--max-new-tokens", "1")
+    assert len(many.document["images"]) == sum(NUM_RECORDS.values())
+
+
+def test_the_same_command_shows_the_result_and_another_recipe_is_refused(
+    jobs: Jobs, recipe: Path, finished: Finished
+) -> None:
+    assert jobs.run("train", recipe, "--json").document == finished.whole
+    refused = jobs.run("train", recipe, "--set", "stages.finetune.learning_rate=1e-3")
+    assert "stages.finetune.learning_rate 0.005 -> 0.001" in refused.error
+
+
+def test_what_is_wrong_with_the_data_is_one_line(jobs: Jobs, recipe: Path) -> None:
+    missing = jobs.run("train", recipe, "--set", "name=x", "--set", 'records.datasets=["s3://tinyemo/datasets/none"]')
+    assert "stages.pretrain: " in missing.error
+    assert "stages.finetune: " in missing.error
+    none = jobs.run("train", recipe, "--set", "name=x", "--set", "records.datasets=[]", "--dry-run")
+    assert "names no data set" in none.error
+    large = jobs.run("train", recipe, "--set", "name=x", "--set", "reasoner.llm=random:tinyemo-700m", "--dry-run")
+    assert "smollm2-135m has 49152 tokens and reasoner.llm random:tinyemo-700m embeddings for 32000" in large.error
+    neither = jobs.run("explain", recipe, "--model", jobs.folder)
+    assert "--projector or --label" in neither.error
