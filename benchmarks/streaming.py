@@ -10,7 +10,8 @@ over 4 epochs, since Ray Data reads far ahead; every rate is of a run's second h
 earlier epoch in its readers' caches (128 MiB each).
 resume: workers killed at 20 random steps, gone on with 1, 2 or 3 of them in turn; what the ledger shows.
 mix: one job over an abundant and a small data set by weight; the shares that its ledger shows.
-wait: the share of a training step that waits for its batch, for the projector and for a 135M language model.
+wait: the share of training that waits for its batch, for the projector and for the reasoning model of 135M (OASIS and
+Emotion6 in S3: `tinyemo ingest oasis`, `tinyemo ingest features emotion6 --name emotion6`).
 scale: 1,000,000 generated feature rows, 50,000 small images, ingest and one epoch: memory of driver and object store.
 """
 

@@ -139,80 +139,23 @@ def state_step(folder: str) -> int:
     return 0 if state is None else state.step
 
 
-def language_model_loop(config: dict[str, Any]) -> None:
-    """Train a randomly initialised 135M language model on the stream's texts; reports the share spent waiting."""
-    import ray.train
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from orchestration.streaming.ordered_stream import Waits
-    from orchestration.streaming.record_stream import open_record_stream
-    from tinyemo.conversation import IMAGE_TOKEN_ID
-
-    job = config["job"]
-    rank = ray.train.get_context().get_world_rank()
-    shape = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                        num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True)  # fmt: skip
-    model = torch.nn.parallel.DistributedDataParallel(LlamaForCausalLM(shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    stream = Waits(open_record_stream(ray.train.get_dataset_shard("samples"), job.plan, rank=rank, start_step=0))
-    started_at = 0.0
-    for batch in stream:
-        started_at = started_at or time.perf_counter()
-        ids = torch.where(batch.input_ids == IMAGE_TOKEN_ID, 0, batch.input_ids)
-        loss = model(input_ids=ids, attention_mask=batch.attention_mask.long(), labels=batch.labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step = batch.step + 1
-    seconds = time.perf_counter() - started_at
-    figures = {"wait_share": stream.take_share(), "step_s": seconds / step, "first_batch_s": stream.first_s}
-    ray.train.report({"step": step, "is_final": True, **figures}, checkpoint=empty_checkpoint(rank))
-
-
-def empty_checkpoint(rank: int) -> Any:
-    """What a report needs to be complete."""
-    import ray.train
-
-    folder = Path(tempfile.mkdtemp())
-    (folder / "empty").touch()
-    return ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-
-
 def measure_wait() -> dict[str, Any]:
-    """Share of the time between first and last step that rank 0 waited for a batch."""
-    import ray.cloudpickle
-
-    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    """Share of the time that rank 0 waited for a batch, in two real jobs."""
+    from benchmarks.lm import run_job, speed_recipe
+    from orchestration.fit import read_curve
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.loop import StreamJob
-    from orchestration.streaming.prepare import prepare_records
     from orchestration.training.train import train
 
-    settings = ingest_oasis_copies()
-    projector = load_recipe("emotion6", [f"name=bench-wait-{int(time.time())}", "experiment=benchmarks"])
+    stamp = int(time.time())
+    projector = load_recipe("emotion6", [f"name=bench-wait-{stamp}", "experiment=benchmarks"])
     train(projector)
     curve = read_curve(f"{projector.checkpoint.root}/{projector.name}/select")
     shares = [point["train/wait_share"] for _, point in curve if "train/wait_share" in point]
-    overrides = [
-        f"name=bench-wait-lm-{int(time.time())}",
-        f'records.datasets=["{settings["dataset"]}"]',
-        "train.global_batch_size=8",
-        "train.num_epochs=0.008",
-        "records.max_length=128",
-    ]
-    recipe = load_recipe("emotion6", overrides)
-    connect()
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not know this folder
-    folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    job = StreamJob(recipe, prepare_records(recipe), folder, has_ledger=False)
-    final = run_phase(job, language_model_loop, ReportCallback(f"{folder}/wait", None))
+    _, share = run_job(speed_recipe("connector"), f"s3://tinyemo/runs/bench-wait-lm/{stamp}")
     return {
         "wait_share": {
             "projector, batch 32, by epoch": [round(share, 4) for share in shares],
-            "135M language model, random weights, batch 8, images at 224 px": final.metrics["wait_share"],
-            "seconds of a step of the 135M model": final.metrics["step_s"],
-            "steps of the 135M model": final.step,
+            "reasoning model of 135M, real weights, steps of 8, the first 4 left out": share,
         }
     }
 
