@@ -13,11 +13,20 @@ from pathlib import Path
 import pytest
 
 from cluster import platform as local_platform
+from cluster.environment import GROUPS
 from cluster.state import load_state
 from orchestration.storage import ensure_bucket
 
 FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
 """Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""
+
+
+def pytest_configure() -> None:
+    """The suite meets no platform that happens to be up here: a command run in this process would load its secrets."""
+    os.environ["TINYEMO_STATE"] = str(Path(tempfile.gettempdir()) / "no-platform")
+    for group in GROUPS:
+        for name in group.deciding:
+            os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
