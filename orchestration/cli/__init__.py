@@ -61,7 +61,7 @@ def main() -> None:
 def _leave_cluster() -> None:
     """Leave Ray while everything still stands.
 
-    A command that had printed its result once died of a segmentation fault at the interpreter's end; the likeliest cause
+    A command that had printed its result once died of a segmentation fault at its very end; the likeliest cause
     is that Arrow closes its S3 client there before Ray's threads, which may use it, have stopped.
     """
     if "ray" in sys.modules:
