@@ -31,7 +31,7 @@ NUM_IMAGES = 50_000
 
 
 def measure_resume() -> dict[str, Any]:
-    """Kill every worker at NUM_KILLS random steps spread over the whole run, then read the ledger."""
+    """Kill every worker behind NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
     from orchestration import storage
     from orchestration.fit import read_state
@@ -68,10 +68,7 @@ def measure_resume() -> dict[str, Any]:
             target = targets[len(killed_at)]
             while process.poll() is None and state_step(folder) < target:
                 time.sleep(0.02)
-            for worker in psutil.Process(state.processes["ray"].pid).children(recursive=True):
-                with suppress(psutil.Error):
-                    if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):
-                        worker.kill()
+            kill_workers(state.processes["ray"].pid)
         _, errors = process.communicate()
         reached = read_state(f"{folder}/read")
         print(f"{num_workers} workers: step {state_step(folder)}, exit code {process.returncode}", flush=True)
@@ -129,6 +126,14 @@ def measure_mix() -> dict[str, Any]:
             "ledger": result.ledger,
         }
     }
+
+
+def kill_workers(ray_pid: int) -> None:
+    """SIGKILL for every rank on the node whose first Ray process this is."""
+    for worker in psutil.Process(ray_pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if worker.name().startswith("ray::RayTrainWo") or "RayTrainWorker" in " ".join(worker.cmdline()):
+                worker.kill()
 
 
 def state_step(folder: str) -> int:
