@@ -37,9 +37,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write_results(name: str, figures: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json; figures of earlier parts of the same benchmark stay."""
+    """Write benchmarks/results/<name>.json; figures of earlier parts of the same benchmark stay, with their commit."""
     path = RESULTS / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(earlier | figures | {"machine": describe_machine()}, indent=1) + "\n")
+    machine = describe_machine()
+    now = {key: machine[key] for key in ("git_commit", "git_dirty", "finished_at")}
+    measured = earlier.get("measured", {}) | dict.fromkeys(figures, now)
+    path.write_text(json.dumps(earlier | figures | {"measured": measured, "machine": machine}, indent=1) + "\n")
     return path
