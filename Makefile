@@ -41,7 +41,7 @@ demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show
 	tinyemo platform status
 
 test: setup ## The whole suite but gpu
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-gpu: setup ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

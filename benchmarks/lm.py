@@ -1,4 +1,4 @@
-"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero]`.
+"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero] [sizes]`.
 
 speed: tokens/s of (a) our job, S3 -> Ray Data -> Ray Train -> DeepSpeed on OASIS' instruct records, and (b) a raw twin,
 torchrun and DeepSpeed over the very same micro-batches in memory (benchmarks/lm_twin.py); 2 ranks of one thread,
@@ -7,6 +7,8 @@ SmolLM2-135M and EfficientNet-Lite0 with real weights, in turns, warm-up exclude
 
 zero: bytes a rank holds of parameters, gradients and optimizer state at ZeRO 0 to 3 on 2 ranks, counted from tensors,
 against the formula.
+
+sizes: optimizer steps of the family at its true sizes (benchmarks/lm_sizes.py).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
+from benchmarks.lm_sizes import TRAINS, measure_size
 from benchmarks.machine import write_results
 from orchestration.recipe import Recipe, parse_recipe
 
@@ -208,8 +211,20 @@ def measure_zero() -> dict[str, Any]:
     return {"zero_bytes_of_a_rank": rows}
 
 
+def measure_sizes() -> dict[str, Any]:
+    """A row for each size; TINYEMO_SIZES names some of them, and the others' rows stay."""
+    from benchmarks.machine import RESULTS
+    from cluster.environment import load_platform_environment
+
+    load_platform_environment()
+    path = RESULTS / "lm.json"
+    rows = json.loads(path.read_text()).get("sizes", {}) if path.exists() else {}
+    chosen = os.environ.get("TINYEMO_SIZES", ",".join(TRAINS)).split(",")
+    return {"sizes": rows | {size: measure_size(size) for size in chosen}}
+
+
 if __name__ == "__main__":
-    known = {"speed": measure_speed, "zero": measure_zero}
+    known = {"speed": measure_speed, "zero": measure_zero, "sizes": measure_sizes}
     parts = sys.argv[1:] or list(known)
     if unknown := [part for part in parts if part not in known]:
         sys.exit(f"unknown part {', '.join(unknown)}: choose from {', '.join(known)}")

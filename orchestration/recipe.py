@@ -68,6 +68,8 @@ class FamilyConfig(Section):
     """Names of the family table."""
     random_weights: bool = False
     """Whether sizes whose embedding table is out of reach run with seeded random vectors, tagged so."""
+    tokenizers: dict[str, str] = Field({})
+    """Of a reasoning model, by size: an asset, a file or a folder; a size that is not named takes records.tokenizer."""
     registered_name: str = "tinyemo-projector"
     """Registered model in MLflow whose alias champion points to the best."""
 
@@ -125,6 +127,11 @@ class Recipe(Section):
         found += [
             f"family.sizes: {name!r} is not one of {', '.join(FAMILY)}"
             for name in self.family.sizes
+            if name not in FAMILY
+        ]
+        found += [
+            f"family.tokenizers: {name!r} is not one of {', '.join(FAMILY)}"
+            for name in self.family.tokenizers
             if name not in FAMILY
         ]
         if self.data.validation_fraction * (self.data.validation_fold + 1) > 1:

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from orchestration.cli.assets import assets_app
+from orchestration.cli.compare import compare
 from orchestration.cli.explain import explain
 from orchestration.cli.features import features
 from orchestration.cli.ingest import ingest_app
@@ -39,6 +40,7 @@ app.command()(stream)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(explain)
+app.command()(compare)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from orchestration.cli.train import stoppable
+from orchestration.cli.train import show_facts, stoppable
 
 if TYPE_CHECKING:
     from orchestration.fit import PhaseState
@@ -48,7 +48,6 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.weights import describe_sources
-    from orchestration.recipe import to_toml
 
     sources = describe_sources(recipe)
     plan = prepare_reasoning(recipe, sources)
@@ -63,13 +62,7 @@ def _show_plan(recipe: Recipe, as_json: bool) -> None:
         "validation_records": plan.validation.steps.samples_per_epoch if plan.validation else 0,
         "test_records": plan.test.steps.samples_per_epoch if plan.test else 0,
     }
-    if as_json:
-        typer.echo(json.dumps(facts | {"recipe": recipe.model_dump(mode="json")}, indent=1))
-        return
-    typer.echo(to_toml(recipe))
-    for key, value in facts.items():
-        typer.echo(f"{key:24}{value}")
-    typer.echo("nothing was started (--dry-run)")
+    show_facts(recipe, facts, as_json)
 
 
 def _show_report(stage: str, state: PhaseState) -> None:

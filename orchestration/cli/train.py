@@ -97,7 +97,6 @@ def stoppable() -> Iterator[None]:
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.recipe import to_toml
     from orchestration.training.prepare import prepare
 
     preparation = prepare(recipe)
@@ -113,6 +112,13 @@ def _show_plan(recipe: Recipe, as_json: bool) -> None:
         "optimizer_steps": plan.train.num_steps,
         "rows_per_rank_and_step": recipe.train.global_batch_size // recipe.workers.num_workers,
     }
+    show_facts(recipe, facts, as_json)
+
+
+def show_facts(recipe: Recipe, facts: dict[str, Any], as_json: bool) -> None:
+    """What a dry run says: the resolved recipe, and what is known before anything starts."""
+    from orchestration.recipe import to_toml
+
     if as_json:
         typer.echo(json.dumps(facts | {"recipe": recipe.model_dump(mode="json")}, indent=1))
         return

@@ -60,6 +60,9 @@ class StageConfig(Section):
     """Of `lora`."""
     datasets: tuple[str, ...] = ()
     """S3 addresses of instruct data sets; empty for those of records.datasets."""
+    images: bool = True
+    """Off: images and their tokens are left out and the connector is not trained, for a model of text alone to measure
+    against."""
     template: TemplateName | None = None
     """Chat template; none for that of records.template."""
     global_batch_size: PositiveInt = 256
@@ -118,6 +121,10 @@ def stage_problems(stages: dict[str, StageConfig], source: ReasonerSource, world
             found.append(
                 f"stages.{name}.global_batch_size: {stage.global_batch_size} does not divide by micro_batch_size x "
                 f"workers.num_workers = {stage.micro_batch_size} x {world_size} = {per_step}"
+            )
+        if stage.trains == "connector" and not stage.images:
+            found.append(
+                f"stages.{name}.images: off leaves the connector, which this stage trains, nothing to learn from"
             )
         if stage.trains == "connector" and source.connector == "identity":
             found.append(f"stages.{name}.trains: the connector, and reasoner.connector identity has nothing to train")

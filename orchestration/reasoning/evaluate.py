@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,9 @@ def evaluate_loop_per_worker(config: dict[str, Any]) -> None:
     use_threads(job.recipe)
     model = build_trained(job.recipe, job.weights).to(device=device, dtype=compute_dtype(job.recipe.engine))
     records = open_record_stream(ray.train.get_dataset_shard("samples"), job.plan, rank=rank, start_step=0)
-    rows = list(measure_records(model, records, micro_batch_size=_last(job.recipe).micro_batch_size))
+    last = _last(job.recipe)
+    conditions = CONDITIONS if last.images else ("text_only",)
+    rows = list(measure_records(model, records, conditions, micro_batch_size=last.micro_batch_size))
     gathered: list[list[dict[str, Any]]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, rows)
     report_rows([row for part in gathered for row in part], job.plan.num_steps, rank)
@@ -93,10 +95,10 @@ def report_rows(rows: list[dict[str, Any]], step: int, rank: int) -> None:
 
 @torch.no_grad()
 def measure_records(
-    model: Reasoner, stream: Iterator[RecordBatch], *, micro_batch_size: int
+    model: Reasoner, stream: Iterator[RecordBatch], conditions: Sequence[str] = CONDITIONS, *, micro_batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each record: id, image (a digest of its pixels), num_answer_tokens, and the mean nats of its answer's
-    tokens under each of CONDITIONS.
+    tokens under each of the conditions.
 
     Another record's image is handed out within the batch, each once; a batch that is too much of one image takes from
     the batch before.
@@ -113,19 +115,18 @@ def measure_records(
         if not batch.ids:
             continue
         names = [_digest(pixels) for pixels in batch.pixel_values]
-        others = _shuffled(names, batch.pixel_values, spare)
+        others = _shuffled(names, batch.pixel_values, spare) if "shuffled" in conditions else batch.pixel_values
         spare = (names, batch.pixel_values)
         for rows in micro_batches(len(names), micro_batch_size):
             part = batch.part(rows)
-            micro = {
-                "right": inputs.micro_batch(part),
-                "shuffled": inputs.micro_batch(part, images=others[rows]),
-                "text_only": inputs.micro_batch(part, has_images=False),
-            }
+            options: dict[str, dict[str, Any]] = {
+                "right": {}, "shuffled": {"images": others[rows]}, "text_only": {"has_images": False},
+            }  # fmt: skip
+            micro = {name: inputs.micro_batch(part, **options[name]) for name in conditions}
             found = {name: losses_by_record(one, one.forward(model)) for name, one in micro.items()}
             for place, record_id in enumerate(part.ids):
-                num_tokens = found["right"][place][0]
-                means = {name: found[name][place][1] / num_tokens for name in CONDITIONS}
+                num_tokens = found[conditions[0]][place][0]
+                means = {name: found[name][place][1] / num_tokens for name in conditions}
                 image = names[rows.start + place]
                 yield {"id": record_id, "image": image, "num_answer_tokens": num_tokens, **means}
 
@@ -152,7 +153,7 @@ class Evaluation:
         num_records: measured.
         num_images: different images among them.
         loss: mean over records of the nats a token of an answer, by condition.
-        tests: right image against "shuffled" and "text_only", over records.
+        tests: right image against "shuffled" and "text_only", over records; none of a model of text alone.
         tests_by_image: the same over images, each the mean of its records, which are no independent draws.
         by_task: mean loss by condition, for each task that ids name (the part behind the last slash).
     """
@@ -170,8 +171,9 @@ class Evaluation:
 
 
 def summarise(rows: list[dict[str, Any]]) -> Evaluation:
-    """Means and paired tests of the rows of `measure_records`."""
-    losses = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in CONDITIONS}
+    """Means and paired tests of the rows of `measure_records`, one at least."""
+    measured = [name for name in CONDITIONS if name in rows[0]]
+    losses = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in measured}
     images = [row["image"] for row in rows]
     by_image = {name: mean_by_group(values, images) for name, values in losses.items()}
     tasks = np.array([row["id"].rsplit("/", 1)[-1] if "/" in row["id"] else "all" for row in rows])
@@ -179,8 +181,8 @@ def summarise(rows: list[dict[str, Any]]) -> Evaluation:
         num_records=len(rows),
         num_images=len(set(images)),
         loss={name: float(values.mean()) for name, values in losses.items()},
-        tests={name: paired_test(losses["right"], losses[name]) for name in CONDITIONS[1:]},
-        tests_by_image={name: paired_test(by_image["right"], by_image[name]) for name in CONDITIONS[1:]},
+        tests={name: paired_test(losses["right"], losses[name]) for name in measured[1:]},
+        tests_by_image={name: paired_test(by_image["right"], by_image[name]) for name in measured[1:]},
         by_task={
             str(task): {name: float(values[tasks == task].mean()) for name, values in losses.items()}
             for task in np.unique(tasks)

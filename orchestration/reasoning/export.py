@@ -26,6 +26,11 @@ WARNINGS = {
 }
 
 
+CONDITION_NAMES = {
+    "right": "own image", "shuffled": "another record's image", "text_only": "no image, no image tokens"
+}  # fmt: skip
+
+
 def export_model(
     plan: ReasoningPlan, sources: Sources, weights: dict[str, str], result: ReasonerResult, folder: Path
 ) -> None:
@@ -116,8 +121,12 @@ def evaluation_lines(evaluation: dict[str, Any] | None) -> list[str]:
     lines = [
         f"{evaluation['num_records']} held-out records of {evaluation['num_images']} images, read once. Mean over "
         "records of the nats a token of an answer:", "",
-        "| own image | another record's image | no image, no image tokens |", "|---|---|---|",
-        f"| {loss['right']:.4f} | {loss['shuffled']:.4f} | {loss['text_only']:.4f} |", "",
+        f"| {' | '.join(CONDITION_NAMES[name] for name in loss)} |", "|---" * len(loss) + "|",
+        f"| {' | '.join(f'{value:.4f}' for value in loss.values())} |", "",
+    ]  # fmt: skip
+    if not evaluation["tests"]:
+        return [*lines, "It was trained on text alone, without images."]
+    lines += [
         "| own image against | over | pairs | difference | own is lower in | p (Wilcoxon) | p (t) |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

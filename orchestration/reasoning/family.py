@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestration import storage, tracking
+from orchestration.claims import is_finished_family
 from orchestration.fit import read_curve
 from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
 from orchestration.recipe import Recipe, parse_recipe
-from tinyemo.errors import AssetError, TrainingError
+from tinyemo.errors import AssetError
 from tinyemo.families import FAMILY
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
             "family.random_weights = true, and every table says so"
         )
     content["reasoner"] |= {"llm": source, "llm_revision": None}
+    content["records"]["tokenizer"] = recipe.family.tokenizers.get(size, recipe.records.tokenizer)
     return parse_recipe(content, source=recipe.name)
 
 
@@ -57,11 +59,7 @@ def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) 
     """
     children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
-    if storage.exists(done):
-        if storage.read_json(done)["recipe_digest"] != recipe.digest():
-            raise TrainingError(
-                f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
-            )
+    if is_finished_family(done, recipe):
         return [train_reasoner(child) for child in children]  # finished: each returns its result as it stands
     earlier = tracking.find_run(recipe.experiment, recipe.name)
     with tracking.open_run(

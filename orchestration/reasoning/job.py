@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration import storage, tracking
+from orchestration.claims import read_claim, write_claim
 from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, read_state, run_phase
 from orchestration.reasoning.evaluate import EvaluateJob, evaluate_loop_per_worker, summarise
 from orchestration.reasoning.export import export_model
@@ -88,7 +89,7 @@ def train_reasoner(
     sources = describe_sources(recipe)
     plan = prepare_reasoning(recipe, sources)
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    claimed = read_claim(folder, plan)
+    claimed = read_claim(folder, recipe, plan.data_digests())
     if claimed is not None and storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return ReasonerResult(**storage.read_json(f"{folder}/result.json"))
@@ -103,7 +104,7 @@ def train_reasoner(
         resume_run_id=claimed,
     ) as run:
         if claimed is None:
-            write_claim(folder, plan, run.run_id)
+            write_claim(folder, recipe, plan.data_digests(), run.run_id)
         _log_inputs(run, plan)
         stages: dict[str, StageResult] = {}
         for name in recipe.stages:
@@ -129,41 +130,8 @@ def train_reasoner(
     return result
 
 
-def read_claim(folder: str, plan: ReasoningPlan) -> str | None:
-    """The MLflow run that holds this name, None where the name is free.
-
-    Raises:
-        TrainingError: the name belongs to another recipe or other data; the message names the fields.
-    """
-    uri = f"{folder}/run.json"
-    if not storage.exists(uri):
-        return None
-    claim = storage.read_json(uri)
-    if claim.get("identity") == plan.identity():
-        return str(claim["mlflow_run_id"])
-    ours, theirs = (tracking.flatten(r) for r in (plan.recipe.model_dump(mode="json"), claim.get("recipe", {})))
-    changed = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in ours if ours.get(key) != theirs.get(key)]
-    if claim.get("identity", {}).get("data") != plan.identity()["data"]:
-        changed.append("other versions of the data")
-    raise TrainingError(
-        f"a run named {plan.recipe.name} exists with another recipe ({'; '.join(changed)}): "
-        "choose another name with --set name=..., or undo the change to go on with it"
-    )
-
-
-def write_claim(folder: str, plan: ReasoningPlan, run_id: str) -> None:
-    """Take the run's name for this recipe, these data and this MLflow run.
-
-    Raises:
-        TrainingError: another driver took it in the same moment.
-    """
-    claim = {"identity": plan.identity(), "mlflow_run_id": run_id, "recipe": plan.recipe.model_dump(mode="json")}
-    if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):
-        raise TrainingError(f"another job started {plan.recipe.name} just now: wait for it, or choose another name")
-
-
 def _tags(recipe: Recipe, plan: ReasoningPlan, sources: Sources) -> dict[str, str]:
-    digests = sorted({digest for found in plan.digests().values() for digest in found})
+    digests = sorted(set(plan.data_digests().values()))
     return {
         "llm": sources.llm_name,
         "llm.revision": sources.llm_revision,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from orchestration import storage
 from orchestration.engine import Engine, load_engine, save_engine, start_engine, trained_state_dict
 from orchestration.reasoning.config import StageConfig
+from orchestration.reasoning.first_rank import build_on_first_rank
 from orchestration.reasoning.steps import Inputs, mean_loss, take_step
 from orchestration.reasoning.throughput import Meter
 from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
@@ -77,8 +78,9 @@ def stage_loop_per_worker(config: dict[str, Any]) -> None:
     rank, device = ray.train.get_context().get_world_rank(), get_device()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)
     use_threads(recipe)
-    model = build_for_stage(recipe, job.stage, job.weights)
-    inputs = Inputs(model.config.encoder_spec.preprocessing, device, model.config.image_token_id)
+    model = build_on_first_rank(lambda: build_for_stage(recipe, job.stage, job.weights), job.config, recipe.train.seed)
+    preprocessing, image_token_id = model.config.encoder_spec.preprocessing, model.config.image_token_id
+    inputs = Inputs(preprocessing, device, image_token_id, has_images=job.config.images)
     meter = Meter(flop_model(model), device, plan.world_size)
     engine = start_stage(model, recipe, job.config, num_steps=plan.num_steps, world_size=plan.world_size)
     step = restore(engine, job)
@@ -88,9 +90,9 @@ def stage_loop_per_worker(config: dict[str, Any]) -> None:
 
     for batch in stream:
         parts = inputs.micro_batches(batch, job.config.micro_batch_size)
-        point, work = take_step(engine, parts, batch.step, recipe.train.seed)
-        meter.add(work)
-        curve.append(point)
+        # Adam's moments are there from the second step on.
+        point, work = take_step(engine, parts, batch.step, recipe.train.seed, counts_memory=batch.step == 1)
+        curve.append({**point, "train/step_s": meter.add(work)})
         step = batch.step + 1
         is_epoch_end = step % plan.steps.steps_per_epoch == 0 or step == plan.num_steps
         if is_epoch_end or is_due(recipe.checkpoint.every_steps, step):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.weights import Sources, tokenizer_source
@@ -33,13 +32,13 @@ class ReasoningPlan:
     validation: RecordPlan | None
     test: RecordPlan | None
 
-    def digests(self) -> dict[str, list[str]]:
-        """Of each stage's manifests."""
-        return {name: [part.manifest.digest for part in plan.sets] for name, plan in self.stages.items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What a run's name stands for: another value is another run."""
-        return {"recipe": self.recipe.digest(), "data": self.digests()}
+    def data_digests(self) -> dict[str, str]:
+        """Of what every stage reads, by stage, place in its list and data set's name."""
+        return {
+            f"{stage}/{place}/{part.manifest.name}": part.manifest.digest
+            for stage, plan in self.stages.items()
+            for place, part in enumerate(plan.sets)
+        }
 
 
 def prepare_reasoning(recipe: Recipe, sources: Sources) -> ReasoningPlan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestration.engine import Engine, accumulate
+from orchestration.engine import Engine, accumulate, state_bytes
 from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.conversation import IGNORED
 from tinyemo.encoders import Preprocessing
@@ -54,8 +54,11 @@ class MicroBatch:
 class Inputs:
     """Makes micro-batches out of what the stream hands out."""
 
-    def __init__(self, preprocessing: Preprocessing, device: torch.device, image_token_id: int) -> None:
+    def __init__(
+        self, preprocessing: Preprocessing, device: torch.device, image_token_id: int, *, has_images: bool = True
+    ) -> None:
         self.device = device
+        self.has_images = has_images
         self.image_token_id = image_token_id
         self._preprocessing = preprocessing
 
@@ -63,15 +66,18 @@ class Inputs:
         """The batch in parts of `size` records."""
         return [self.micro_batch(batch.part(rows)) for rows in micro_batches(len(batch.ids), size)]
 
-    def micro_batch(self, batch: RecordBatch, *, images: Tensor | None = None, has_images: bool = True) -> MicroBatch:
+    def micro_batch(
+        self, batch: RecordBatch, *, images: Tensor | None = None, has_images: bool | None = None
+    ) -> MicroBatch:
         """All records of the batch in one forward pass.
 
         Args:
             batch: of a rank, or a part of it.
             images: (B, S, S, 3) uint8 in place of the records' own.
-            has_images: off leaves out images and their tokens.
+            has_images: off leaves out images and their tokens; None as the object was made.
         """
         assert batch.tokens is not None
+        has_images = self.has_images if has_images is None else has_images
         pairs = batch.tokens
         if not has_images:
             kept = [ids != self.image_token_id for ids, _ in pairs]
@@ -108,11 +114,20 @@ def summed(values: list[float], device: torch.device) -> list[float]:
     return [float(value) for value in tensor]
 
 
-def take_step(engine: Engine, micro_batches: list[MicroBatch], step: int, seed: int) -> tuple[dict[str, float], Work]:
+def take_step(
+    engine: Engine, micro_batches: list[MicroBatch], step: int, seed: int, *, counts_memory: bool = False
+) -> tuple[dict[str, float], Work]:
     """One optimizer step over the micro-batches of all ranks: its figures and its work.
 
     The loss is the sum of nats over all answer tokens of the step divided by their number, whoever computed them, so
     that curves do not depend on the number of workers or on how long the answers of a micro-batch are.
+
+    Args:
+        engine: of the stage.
+        micro_batches: of this rank.
+        step: counted from 0.
+        seed: of dropout, with the step and the rank.
+        counts_memory: adds the bytes that this rank holds of parameters, gradients and optimizer state to the figures.
 
     Raises:
         TrainingError: the loss is not finite, on every rank at the same step, with the records of this rank.
@@ -126,7 +141,7 @@ def take_step(engine: Engine, micro_batches: list[MicroBatch], step: int, seed: 
         raise TrainingError(f"step {step} has no answer token; this rank's records: {', '.join(ids)}")
     rate = max(engine.get_lr())
     torch.manual_seed((seed << 40) + step * world_size + torch.distributed.get_rank())
-    nats, losses = 0.0, []
+    nats, losses, held = 0.0, [], {}
 
     def check() -> None:
         (total,) = summed([nats], device)
@@ -136,6 +151,8 @@ def take_step(engine: Engine, micro_batches: list[MicroBatch], step: int, seed: 
                 f"train/loss is {losses[0]} at step {step}; this rank's records: {', '.join(ids)}. "
                 "Lower the stage's learning_rate or look at these records"
             )
+        if counts_memory:
+            held.update({f"memory/{kind}_bytes": float(count) for kind, count in state_bytes(engine).items()})
 
     for place, part in enumerate(micro_batches):
         loss = part.forward(engine).sum()
@@ -144,7 +161,7 @@ def take_step(engine: Engine, micro_batches: list[MicroBatch], step: int, seed: 
         accumulate(engine, loss * (world_size / work.answer_tokens), is_last=is_last, before_step=check)
     point = {"train/loss": losses[0], "train/learning_rate": rate, "train/answer_tokens": float(work.answer_tokens)}
     point["train/tokens"] = float(work.tokens)
-    return {"step": step, **point}, work
+    return {"step": step, **point, **held}, work
 
 
 @torch.no_grad()

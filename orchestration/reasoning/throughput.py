@@ -28,10 +28,13 @@ class Meter:
     def skip(self) -> None:
         """Start anew: what came since the last call is not training."""
         self._work, self._began_at = Work(), time.perf_counter()
+        self._step_began_at = self._began_at
 
-    def add(self, work: Work) -> None:
-        """Count a step of all ranks."""
+    def add(self, work: Work) -> float:
+        """Count a step of all ranks: its seconds, waiting for data included."""
         self._work = self._work + work
+        began_at, self._step_began_at = self._step_began_at, time.perf_counter()
+        return self._step_began_at - began_at
 
     def take(self) -> dict[str, float]:
         """Figures since the last call; none without a step."""

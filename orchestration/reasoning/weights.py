@@ -225,6 +225,8 @@ def prepare_stage(model: Reasoner, stage: StageConfig, seed: int) -> Reasoner:
         dropout=stage.lora.dropout,
         seed=seed,
     )
+    if not stage.images:
+        model.connector.requires_grad_(requires_grad=False)
     if stage.gradient_checkpointing:
         # Without re-entering, gradients also reach a checkpointed block whose input needs none.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -165,7 +165,7 @@ def run_trials(
         recipe: with its search.
         data: goes into the object store, once.
         records: of an earlier start of the same search, which the sampler and ASHA learn from.
-        first_point: values of the first trial of a fresh search.
+        first_point: values to try first, unless a record has them: the trial may have died with its driver.
     """
     config = recipe.search
     num_missing = config.num_trials - len(records)
@@ -207,7 +207,7 @@ def run_trials(
 
 
 def _searcher(config: SearchConfig, records: Sequence[TrialRecord], first_point: dict[str, Any] | None) -> OptunaSearch:
-    """TPE over the space; it knows the records and starts a fresh search at `first_point`."""
+    """TPE over the space; it knows the records, and proposes `first_point` first unless one of them had it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -220,7 +220,7 @@ def _searcher(config: SearchConfig, records: Sequence[TrialRecord], first_point:
                 params=record.params, distributions=space, values=[record.value(metric) for metric in metrics]
             )
         )
-    if first_point and not records:
+    if first_point and first_point not in [record.params for record in records]:
         study.enqueue_trial(first_point)
     sampler = optuna.samplers.TPESampler(
         # A search that starts again must not draw its first points again.

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
+from orchestration.claims import read_claim, write_claim
 from orchestration.fit import connect
 from orchestration.recipe import Recipe, to_toml
 from orchestration.search.check import check_search, first_point
@@ -26,7 +27,7 @@ from orchestration.search.run import objectives, run_trials
 from orchestration.search.tracking import open_trial_log
 from orchestration.search.trial import SearchData, read_search_data, trial_recipe
 from orchestration.training.prepare import Preparation, prepare
-from orchestration.training.train import OnReport, TrainResult, read_claim, train, write_claim
+from orchestration.training.train import OnReport, TrainResult, train
 from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
     preparation = prepare(recipe)
     check_search(preparation)
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    claim = read_claim(folder, preparation)
+    claim = read_claim(folder, recipe, preparation.data_digests())
     if claim is not None and storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return TuneResult(**storage.read_json(f"{folder}/result.json"))
@@ -100,7 +101,7 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
         resume_run_id=claim,
     ) as run:
         if claim is None:
-            write_claim(folder, preparation, run.run_id)
+            write_claim(folder, recipe, preparation.data_digests(), run.run_id)
         records, search_s = _search(recipe, data, folder, run, on_trial)
         _log_search(recipe, run, records)
         winner, finalists = _choose(recipe, data, folder, records)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
+from orchestration.claims import is_finished_family
 from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_recipe, to_toml
 from orchestration.training.train import OnReport, TrainResult, notes, train
-from tinyemo.errors import AssetError, ConfigError, TrainingError
+from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
         raise ConfigError("data.validation_fraction: a family needs validation rows to choose its champion by")
     children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
-    if storage.exists(done):
-        if storage.read_json(done)["recipe_digest"] != recipe.digest():
-            raise TrainingError(
-                f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
-            )
+    if is_finished_family(done, recipe):
         return [train(child) for child in children]  # finished: each returns its result as it stands
     earlier = tracking.find_run(recipe.experiment, recipe.name)
     with tracking.open_run(

@@ -27,6 +27,10 @@ class Preparation:
     left_out: SplitRows | None = None
     """Train rows of the labels of data.leave_out, labels as indices into `left_out_words`; None without such labels."""
 
+    def data_digests(self) -> dict[str, str]:
+        """Of what it reads, by the data set's name."""
+        return {self.manifest.name: self.manifest.digest}
+
     def plan(self, *, num_epochs: float, is_refit: bool) -> StreamPlan:
         """The stream of one phase: train with validation beside it, or both as train."""
         recipe = self.recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 
 from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
+from orchestration.claims import read_claim, write_claim
 from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, run_phase
 from orchestration.plots import plot_confusion, plot_curves
 from orchestration.recipe import Recipe, to_toml
@@ -21,7 +21,6 @@ from orchestration.streaming.feature_stream import StreamPlan
 from orchestration.training.loop import BEST_WEIGHTS, TrainJob, train_loop_per_worker
 from orchestration.training.prepare import Preparation, prepare
 from tinyemo.encoders import UNKNOWN, card_entries
-from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import scores_from_confusion
 from tinyemo.projector import CardValue, MetricProjector
@@ -68,7 +67,7 @@ def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnRepo
     """
     preparation = prepare(recipe)
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    claim = read_claim(folder, preparation)
+    claim = read_claim(folder, recipe, preparation.data_digests())
     if claim is not None and storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return TrainResult(**storage.read_json(f"{folder}/result.json"))
@@ -84,7 +83,7 @@ def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnRepo
         resume_run_id=claim,
     ) as run:
         if claim is None:
-            write_claim(folder, preparation, run.run_id)
+            write_claim(folder, recipe, preparation.data_digests(), run.run_id)
         _log_inputs(run, preparation)
         final, selected = _run_phases(preparation, labels, folder, run, on_report)
         result = _result(preparation, run, final, selected)
@@ -110,46 +109,6 @@ def _run_phases(
         return selected, selected
     num_epochs = min(float(selected.metrics["best_epoch"]), recipe.train.num_epochs)
     return phase("refit", preparation.plan(num_epochs=num_epochs, is_refit=True)), selected
-
-
-def read_claim(folder: str, preparation: Preparation) -> str | None:
-    """The MLflow run that holds this name, None where the name is free.
-
-    Raises:
-        TrainingError: the name belongs to another recipe or other data; the message names the fields.
-    """
-    uri = f"{folder}/run.json"
-    if not storage.exists(uri):
-        return None
-    claim = storage.read_json(uri)
-    if claim["recipe_digest"] != preparation.recipe.digest() or claim["data_digest"] != preparation.manifest.digest:
-        ours, theirs = (tracking.flatten(r) for r in (preparation.recipe.model_dump(mode="json"), claim["recipe"]))
-        changed = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in ours if ours.get(key) != theirs.get(key)]
-        if claim["data_digest"] != preparation.manifest.digest:
-            changed.append(f"data version {claim['data_digest'][:12]} -> {preparation.manifest.version}")
-        raise TrainingError(
-            f"a run named {preparation.recipe.name} exists with another recipe ({'; '.join(changed)}): "
-            "choose another name with --set name=..., or undo the change to go on with it"
-        )
-    return str(claim["mlflow_run_id"])
-
-
-def write_claim(folder: str, preparation: Preparation, run_id: str) -> None:
-    """Take the run's name for this recipe, these data and this MLflow run.
-
-    Raises:
-        TrainingError: another driver took it in the same moment.
-    """
-    claim = {
-        "recipe_digest": preparation.recipe.digest(),
-        "data_digest": preparation.manifest.digest,
-        "mlflow_run_id": run_id,
-        "recipe": preparation.recipe.model_dump(mode="json"),
-    }
-    if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):
-        raise TrainingError(
-            f"another job started {preparation.recipe.name} just now: wait for it, or choose another name"
-        )
 
 
 def _tags(preparation: Preparation) -> dict[str, str]:

@@ -15,13 +15,14 @@ from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
 from orchestration.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
 from orchestration.reasoning.config import StageConfig
+from orchestration.reasoning.first_rank import build_on_first_rank
 from orchestration.reasoning.loop import start_stage
 from orchestration.reasoning.steps import Inputs, MicroBatch, losses_by_record, mean_loss, take_step
 from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.streaming.record_batches import RecordBatch
 from orchestration.streaming.sampling import rank_slice
-from tinyemo.errors import TrainingError
+from tinyemo.errors import DataError, TrainingError
 from tinyemo.reasoner.model import Reasoner
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,11 @@ def stage_of(chosen: Recipe) -> StageConfig:
 
 
 def start(chosen: Recipe, world_size: int) -> tuple[Any, Inputs]:
-    model = prepare_stage(tiny_reasoner(), stage_of(chosen), 0)
+    def build() -> Reasoner:
+        assert torch.distributed.get_rank() == 0
+        return prepare_stage(tiny_reasoner(), stage_of(chosen), 0)
+
+    model = build_on_first_rank(build, stage_of(chosen), 0)
     return start_stage(model, chosen, stage_of(chosen), num_steps=2 * STEPS, world_size=world_size), inputs_of(model)
 
 
@@ -133,11 +138,25 @@ def meet_a_bad_record(chosen: Recipe, rank: int, world_size: int, folder: Path) 
     return str(caught.value)
 
 
+def meet_no_model(chosen: Recipe, rank: int, world_size: int, folder: Path) -> str:
+    def build() -> Reasoner:
+        raise DataError("no such model")
+
+    with pytest.raises(DataError) as caught:
+        build_on_first_rank(build, stage_of(chosen), 0)
+    return str(caught.value)
+
+
 DROPOUT = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}
 CURVES = {"curves/llm": (curves, recipe("llm")), "curves/lora": (curves, recipe("lora"))}
 JOBS = {
     1: {**CURVES, "resume/connector": (resume, recipe("connector"))},
-    2: {**CURVES, "resume/lora": (resume, recipe("lora", **DROPOUT)), "bad": (meet_a_bad_record, recipe("connector"))},
+    2: {
+        **CURVES,
+        "resume/lora": (resume, recipe("lora", **DROPOUT)),
+        "bad": (meet_a_bad_record, recipe("connector")),
+        "no model": (meet_no_model, recipe("connector")),
+    },
 }
 """By world size."""
 
@@ -255,6 +274,10 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(found: Found
     assert "record-0" in said[0]
     assert "record-7" in said[1]
     assert "record-7" not in said[0]
+
+
+def test_a_model_that_the_first_rank_cannot_read_is_every_ranks_error(found: Found) -> None:
+    assert [rank["no model"] for rank in found[2]] == ["no such model"] * 2
 
 
 def test_losses_by_record_are_those_of_the_records_alone() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -190,8 +191,11 @@ def test_a_search_that_goes_on_knows_its_records() -> None:
     chosen = recipe(search={"space": {"projector": {"dropout": {"low": 0.0, "high": 0.5}}}})
     records = [record(0, 0.7), record(1, 0.5, "failed"), record(2, 0.8, "stopped", epochs=1)]
     searcher = _searcher(chosen.search, records, {"projector.dropout": 0.2})
-    assert [trial.value for trial in searcher._ot_study.trials] == [0.7, 0.0, 0.8]
-    assert searcher.suggest("new") != {"projector.dropout": 0.2}
+    assert [trial.value for trial in searcher._ot_study.trials[:3]] == [0.7, 0.0, 0.8]
+    # The recipe's own values come first until a record has them: the trial that had them may have died with its driver.
+    assert searcher.suggest("new") == {"projector.dropout": 0.2}
+    known = [*records, replace(records[0], number=3, params={"projector.dropout": 0.2})]
+    assert _searcher(chosen.search, known, {"projector.dropout": 0.2}).suggest("new") != {"projector.dropout": 0.2}
     assert _searcher(chosen.search, [], {"projector.dropout": 0.2}).suggest("new") == {"projector.dropout": 0.2}
     scheduler = _scheduler(chosen.search, 4, records)
     trial = SimpleNamespace(trial_id="new")

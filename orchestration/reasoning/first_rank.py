@@ -1,0 +1,60 @@
+"""A model is read by one rank, however many there are.
+
+DeepSpeed sends every parameter from the first rank when an engine starts, at ZeRO 3 one by one into the shards. So the
+others need a model of the same shape and nothing in it, and a machine that holds several ranks never holds as many
+copies: memory that was set aside and not yet written to takes no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.initialization import no_init_weights
+
+from orchestration.reasoning.config import StageConfig
+from orchestration.reasoning.weights import prepare_stage
+from tinyemo.errors import TinyEmoError
+from tinyemo.reasoner.model import Reasoner
+
+
+def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed: int) -> Reasoner:
+    """What `build` yields on the first rank; elsewhere its shape, its buffers, and parameters of no value.
+
+    Args:
+        build: the model as the stage begins with it, see `build_for_stage`; called on the first rank alone.
+        stage: that it is prepared for.
+        seed: of the stage's adapters.
+
+    Raises:
+        TinyEmoError: what `build` raises, on every rank.
+    """
+    model: Reasoner | None = None
+    sent: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            model = build()
+            sent = [(model.config, dict(model.named_buffers()), _shapes(model))]
+        except TinyEmoError as error:
+            sent = [error]
+    torch.distributed.broadcast_object_list(sent)
+    if isinstance(sent[0], TinyEmoError):
+        raise sent[0]
+    if model is not None:
+        return model
+    config, buffers, shapes = sent[0]
+    with no_init_weights():
+        model = Reasoner._from_config(config, dtype=torch.float32)
+    assert isinstance(model, Reasoner)
+    model.tie_weights()
+    prepare_stage(model, stage, seed)
+    assert _shapes(model) == shapes, "a model built from its configuration has the parameters of the first rank's"
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return model
+
+
+def _shapes(model: Reasoner) -> list[tuple[str, torch.Size, bool]]:
+    """Name, shape and whether it is trained, of every parameter in order, tied ones once."""
+    return [(name, parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()]

@@ -1,0 +1,51 @@
+"""Who holds a run's name, in a real S3 server."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestration import storage
+from orchestration.claims import is_finished_family, read_claim, write_claim
+from orchestration.recipe import Recipe, parse_recipe
+from tinyemo.errors import TrainingError
+
+DATA = {"pretrain/0/moods": "a" * 64, "finetune/0/moods": "b" * 64}
+
+
+def recipe(**sections: object) -> Recipe:
+    return parse_recipe({"name": "held", **sections}, source="test")
+
+
+def test_a_name_is_held_for_one_recipe_and_its_data(s3_root: str) -> None:
+    assert read_claim(s3_root, recipe(), DATA) is None
+    write_claim(s3_root, recipe(), DATA, "run-1")
+    assert read_claim(s3_root, recipe(), DATA) == "run-1"
+    with pytest.raises(TrainingError, match="another job started held just now"):
+        write_claim(s3_root, recipe(), DATA, "run-2")
+    assert read_claim(s3_root, recipe(), DATA) == "run-1"
+
+
+def test_what_differs_is_named_and_nothing_else(s3_root: str) -> None:
+    write_claim(s3_root, recipe(), DATA, "run-1")
+    other = recipe(train={"seed": 7})
+    newer = DATA | {"finetune/0/moods": "c" * 64}
+    with pytest.raises(TrainingError) as caught:
+        read_claim(s3_root, other, newer)
+    said = str(caught.value).partition("(")[2].partition(")")[0]
+    assert said.split("; ") == ["train.seed 0 -> 7", f"data version of finetune/0/moods {'b' * 12} -> {'c' * 12}"]
+
+
+@pytest.mark.parametrize("data", [{}, {"pretrain/0/moods": "a" * 64}, DATA | {"more": "d" * 64}])
+def test_data_more_or_less_are_other_data(data: dict[str, str], s3_root: str) -> None:
+    write_claim(s3_root, recipe(), DATA, "run-1")
+    with pytest.raises(TrainingError, match=r"another recipe \(data version of \S+ \w{4,12} -> \w{4,12}"):
+        read_claim(s3_root, recipe(), data)
+
+
+def test_a_finished_family_is_one_of_its_recipe(s3_root: str) -> None:
+    uri = f"{s3_root}/family.json"
+    assert not is_finished_family(uri, recipe())
+    storage.write_json(uri, {"recipe_digest": recipe().digest()})
+    assert is_finished_family(uri, recipe())
+    with pytest.raises(TrainingError, match="a family named held exists with another recipe"):
+        is_finished_family(uri, recipe(train={"seed": 7}))
