@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
 
 from orchestration import storage, tracking
 from orchestration.recipe import Recipe
@@ -28,9 +31,10 @@ def read_claim(folder: str, recipe: Recipe, data: Digests) -> str | None:
     if not storage.exists(uri):
         return None
     claim = storage.read_json(uri)
-    if claim.get("recipe_digest") == recipe.digest() and claim.get("data") == dict(data):
+    before_recipe = _as_of_today(claim.get("recipe", {}))
+    if _is_same(recipe, before_recipe) and claim.get("data") == dict(data):
         return str(claim["mlflow_run_id"])
-    ours, theirs = (tracking.flatten(found) for found in (recipe.model_dump(mode="json"), claim.get("recipe", {})))
+    ours, theirs = (tracking.flatten(found) for found in (recipe.model_dump(mode="json"), before_recipe))
     changed = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in ours if ours.get(key) != theirs.get(key)]
     before = claim.get("data", {})
     changed += [
@@ -51,13 +55,28 @@ def write_claim(folder: str, recipe: Recipe, data: Digests, run_id: str) -> None
         TrainingError: another driver took it in the same moment.
     """
     claim = {
-        "recipe_digest": recipe.digest(),
         "data": dict(data),
         "mlflow_run_id": run_id,
         "recipe": recipe.model_dump(mode="json"),
     }
     if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):
         raise TrainingError(f"another job started {recipe.name} just now: wait for it, or choose another name")
+
+
+def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as an earlier version of this package stored it, fields that it did not know at their defaults; as it
+    is where today's package knows less."""
+    try:
+        return Recipe.model_validate(content).model_dump(mode="json")
+    except ValidationError:
+        return content
+
+
+def _is_same(recipe: Recipe, content: dict[str, Any]) -> bool:
+    try:
+        return Recipe.model_validate(content).digest() == recipe.digest()
+    except ValidationError:
+        return False
 
 
 def is_finished_family(uri: str, recipe: Recipe) -> bool:
@@ -68,8 +87,14 @@ def is_finished_family(uri: str, recipe: Recipe) -> bool:
     """
     if not storage.exists(uri):
         return False
-    if storage.read_json(uri)["recipe_digest"] != recipe.digest():
+    if not _is_same(recipe, storage.read_json(uri).get("recipe", {})):
         raise TrainingError(
             f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
         )
     return True
+
+
+def finish_family(uri: str, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write a family's last file: its recipe, whose stages keep their order, and what came out."""
+    content = {"recipe": recipe.model_dump(mode="json"), **facts}
+    storage.write_bytes(uri, json.dumps(content, indent=1).encode())

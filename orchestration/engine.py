@@ -50,6 +50,19 @@ class OptimizerConfig(Section):
     """Decoupled decay, per unit of learning rate."""
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed without MLflow: it would import that for its autotuner alone, most of a second in every worker."""
+    is_free = "mlflow" not in sys.modules
+    if is_free:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # "import mlflow" fails, which DeepSpeed expects
+    try:
+        import deepspeed
+    finally:
+        if is_free:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def compute_dtype(config: EngineConfig) -> torch.dtype:
     """The type parameters compute in on this machine."""
     if config.precision == "auto":
@@ -115,8 +128,7 @@ def start_engine(
         micro_batch_size: samples of one forward pass on one rank.
         world_size: ranks.
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed reads files written by this run alone; torch still unpickles nothing but tensors and plain types.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -244,8 +256,7 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
 
     Under bf16 this rounds the fp32 master weights as the forward pass does.
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     module: nn.Module = engine.module
     parameters = list(module.parameters())
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
@@ -260,8 +271,7 @@ def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
 
     They are gathered one by one, so that no rank ever holds more than one of them beside its own part.
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     is_sharded, is_first = engine.zero_optimization_stage() == 3, torch.distributed.get_rank() == 0
     found: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
@@ -330,6 +340,7 @@ def load_collectives() -> None:
     without end. So the folder is the environment's own, and whoever works in it holds a lock that the kernel takes
     back from the dead: a guard that is found under that lock is a dead one's.
     """
+    import_deepspeed()
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
 

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestration import storage, tracking
-from orchestration.claims import is_finished_family
+from orchestration import tracking
+from orchestration.claims import finish_family, is_finished_family
 from orchestration.fit import read_curve
 from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
 from orchestration.recipe import Recipe, parse_recipe
@@ -77,7 +77,7 @@ def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) 
             path = Path(name) / "sizes.json"
             path.write_text(json.dumps(rows, indent=1))
             run.log_artifact(path)
-        storage.write_json(done, {"recipe_digest": recipe.digest(), "sizes": list(recipe.family.sizes)})
+        finish_family(done, recipe, {"sizes": list(recipe.family.sizes)})
     return results
 
 

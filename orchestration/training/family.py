@@ -6,9 +6,9 @@ import logging
 import tempfile
 from pathlib import Path
 
-from orchestration import storage, tracking
+from orchestration import tracking
 from orchestration.assets.labels import label_embeddings
-from orchestration.claims import is_finished_family
+from orchestration.claims import finish_family, is_finished_family
 from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_recipe, to_toml
 from orchestration.training.train import OnReport, TrainResult, notes, train
@@ -84,7 +84,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
         )
         run.set_tags({"champion": champion.llm, "champion.version": version})
         _log_overview(run, recipe, results)
-        storage.write_json(done, {"recipe_digest": recipe.digest(), "champion": champion.name, "version": version})
+        finish_family(done, recipe, {"champion": champion.name, "version": version})
     return results
 
 

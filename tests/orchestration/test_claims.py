@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestration import storage
-from orchestration.claims import is_finished_family, read_claim, write_claim
+from orchestration.claims import finish_family, is_finished_family, read_claim, write_claim
 from orchestration.recipe import Recipe, parse_recipe
 from tinyemo.errors import TrainingError
 
@@ -45,7 +45,24 @@ def test_data_more_or_less_are_other_data(data: dict[str, str], s3_root: str) ->
 def test_a_finished_family_is_one_of_its_recipe(s3_root: str) -> None:
     uri = f"{s3_root}/family.json"
     assert not is_finished_family(uri, recipe())
-    storage.write_json(uri, {"recipe_digest": recipe().digest()})
+    stages = {"pretrain": {}, "finetune": {"trains": "llm"}}
+    finish_family(uri, recipe(stages=stages), {"sizes": []})
+    assert is_finished_family(uri, recipe(stages=stages))
+    finish_family(uri, recipe(), {})
     assert is_finished_family(uri, recipe())
     with pytest.raises(TrainingError, match="a family named held exists with another recipe"):
         is_finished_family(uri, recipe(train={"seed": 7}))
+
+
+def test_a_run_goes_on_under_a_version_that_knows_more_fields(s3_root: str) -> None:
+    write_claim(s3_root, recipe(), DATA, "run-1")
+    claim = storage.read_json(f"{s3_root}/run.json")
+    del claim["recipe"]["family"]["tokenizers"]
+    storage.write_json(f"{s3_root}/run.json", claim)
+    assert read_claim(s3_root, recipe(), DATA) == "run-1"
+    with pytest.raises(TrainingError, match=r"family\.tokenizers\.tinyemo-700m None -> x"):
+        read_claim(s3_root, recipe(family={"tokenizers": {"tinyemo-700m": "x"}}), DATA)
+    claim["recipe"]["gone"] = 1
+    storage.write_json(f"{s3_root}/run.json", claim)
+    with pytest.raises(TrainingError, match="exists with another recipe"):
+        read_claim(s3_root, recipe(), DATA)

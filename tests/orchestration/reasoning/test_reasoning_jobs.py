@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 WORDS = ("fear", "joy", "sadness")
 NUM_RECORDS = {"train": 96, "validation": 12, "test": 18}
-RECIPE = """
+PRETRAIN = """
 [reasoner]
 llm = "{llm}"
 [records]
@@ -45,6 +45,8 @@ template = "plain"
 global_batch_size = 8
 micro_batch_size = 2
 learning_rate = 5e-3
+"""
+FINETUNE = """
 [stages.finetune]
 trains = "lora"
 lora = {{ rank = 4, alpha = 8, dropout = 0.1 }}
@@ -87,12 +89,12 @@ def recipe(jobs: Jobs) -> Path:
         num_key_value_heads=2, tie_word_embeddings=True, tinyemo_weights="random",
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(jobs.folder / "llm")
-    return jobs.recipe("moods-run", RECIPE.format(llm=jobs.folder / "llm"))
+    return jobs.recipe("moods-run", (PRETRAIN + FINETUNE).format(llm=jobs.folder / "llm"))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that went through, and one of the same recipe that lost a worker and was not evaluated."""
+    """A run that went through, and one of its first stage alone that lost a worker and was not evaluated."""
 
     whole: dict[str, Any]
     killed: dict[str, Any]
@@ -101,9 +103,9 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(jobs: Jobs, recipe: Path) -> Finished:
     whole = jobs.run("train", recipe, "--json").document
-    overrides = ("--set", "name=moods-killed", "--set", "evaluation.test=", "--json")
-    command = jobs.start("train", recipe, *overrides)
-    jobs.wait_for_step("moods-killed", 4, command, "finetune")
+    pretrain = jobs.recipe("moods-killed", PRETRAIN.format(llm=jobs.folder / "llm"))
+    command = jobs.start("train", pretrain, "--set", "evaluation.test=", "--json")
+    jobs.wait_for_step("moods-killed", 4, command, "pretrain")
     jobs.train_workers()[0].kill()
     outcome = command.wait(900)
     assert outcome.stderr.count("attempt failed") == 1
@@ -111,12 +113,12 @@ def finished(jobs: Jobs, recipe: Path) -> Finished:
 
 
 def test_a_killed_worker_changes_no_loss(jobs: Jobs, finished: Finished) -> None:
-    for stage in ("pretrain", "finetune"):
-        whole = jobs.curve("moods-run", stage)
-        assert len(whole) == NUM_RECORDS["train"] // 8
-        assert jobs.curve("moods-killed", stage) == whole
+    """An engine's tests do the same to adapters with dropout, at every stage of ZeRO."""
+    whole = jobs.curve("moods-run", "pretrain")
+    assert len(whole) == len(jobs.curve("moods-run", "finetune")) == NUM_RECORDS["train"] // 8
+    assert jobs.curve("moods-killed", "pretrain") == whole
     for key in ("first_loss", "last_loss", "val_loss"):
-        assert finished.killed["stages"]["finetune"][key] == finished.whole["stages"]["finetune"][key]
+        assert finished.killed["stages"]["pretrain"][key] == finished.whole["stages"]["pretrain"][key]
 
 
 def test_stages_learn_one_after_the_other(jobs: Jobs, finished: Finished) -> None:

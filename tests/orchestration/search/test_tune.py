@@ -215,6 +215,8 @@ def test_two_objectives_reach_the_sampler_and_their_records_too() -> None:
 
 
 SEARCH = """
+[workers]
+num_workers = 1
 [data]
 validation_fraction = 0.2
 [train]

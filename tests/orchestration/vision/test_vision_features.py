@@ -279,6 +279,8 @@ dataset = "s3://tinyemo/datasets/plain-clip"
 [projector]
 encoder = "tiny-clip"
 encoder_width = {CLIP_WIDTH}
+[workers]
+num_workers = 1
 [train]
 num_epochs = 2
 global_batch_size = 16
