@@ -1,4 +1,4 @@
-"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero] [sizes]`.
+"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero] [curves] [sizes]`.
 
 speed: tokens/s of (a) our job, S3 -> Ray Data -> Ray Train -> DeepSpeed on OASIS' instruct records, and (b) a raw twin,
 torchrun and DeepSpeed over the very same micro-batches in memory (benchmarks/lm_twin.py); 2 ranks of one thread,
@@ -7,6 +7,9 @@ SmolLM2-135M and EfficientNet-Lite0 with real weights, in turns, warm-up exclude
 
 zero: bytes a rank holds of parameters, gradients and optimizer state at ZeRO 0 to 3 on 2 ranks, counted from tensors,
 against the formula.
+
+curves: losses of SmolLM2-135M, real weights, full fine-tuning in fp32 without dropout, through the real job at world
+size 1 and 2 and at ZeRO 0 and 3.
 
 sizes: optimizer steps of the family at its true sizes (benchmarks/lm_sizes.py).
 """
@@ -149,6 +152,46 @@ def measure_speed() -> dict[str, Any]:
     return {"tokens_per_s": tokens, "ours_vs_twin": ratios, "wait_share": waits, "windows": windows}
 
 
+CURVE_STEPS = 10
+CURVES = {"world size 2": (2, 0), "world size 1": (1, 0), "ZeRO 3": (2, 3)}
+"""(workers, ZeRO stage) by name; the first is what the others are held against."""
+
+
+def measure_curves() -> dict[str, Any]:
+    """Losses of each run, and the worst difference of a step."""
+    from cluster.environment import load_platform_environment
+    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
+    from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.reasoning.weights import describe_sources
+
+    load_platform_environment()
+    connect()
+    losses: dict[str, list[float]] = {}
+    for name, (num_workers, zero_stage) in CURVES.items():
+        content = {
+            "name": "bench-lm-curves",
+            "records": {"datasets": ["s3://tinyemo/datasets/oasis"], "template": "chatml"},
+            "engine": {"zero_stage": zero_stage, "precision": "fp32"},
+            "workers": {"num_workers": num_workers, "cpus_per_worker": WORLD_SIZE / num_workers},
+            "stages": {
+                "stage": {"trains": "llm", "template": "chatml", "global_batch_size": 4, "micro_batch_size": 2,
+                          "gradient_checkpointing": False, "num_steps": CURVE_STEPS, "learning_rate": 1e-4},
+            },
+        }  # fmt: skip
+        recipe = parse_recipe(content, source="benchmark")
+        plan = prepare_reasoning(recipe, describe_sources(recipe))
+        job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
+        folder = f"s3://tinyemo/runs/bench-lm/{int(time.time())}-curves"
+        state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
+        losses[name] = [point["train/loss"] for _, point in read_curve(state.folder) if "train/loss" in point]
+        print(f"{name}: {losses[name][0]:.6f} -> {losses[name][-1]:.6f}", flush=True)
+    first, *others = losses
+    worst = {name: max(abs(a - b) for a, b in zip(losses[first], losses[name], strict=True)) for name in others}
+    print(f"worst difference from {first}: {worst}", flush=True)
+    return {"curves_135m": {"losses": losses, "worst_difference": worst, "aim": 1e-3}}
+
+
 def zero_row(zero_stage: int) -> dict[str, Any]:
     """Two steps of full fine-tuning on this rank; bytes counted before the second optimizer step."""
     from orchestration.engine import accumulate, state_bytes
@@ -224,7 +267,7 @@ def measure_sizes() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {"speed": measure_speed, "zero": measure_zero, "sizes": measure_sizes}
+    known = {"speed": measure_speed, "zero": measure_zero, "curves": measure_curves, "sizes": measure_sizes}
     parts = sys.argv[1:] or list(known)
     if unknown := [part for part in parts if part not in known]:
         sys.exit(f"unknown part {', '.join(unknown)}: choose from {', '.join(known)}")

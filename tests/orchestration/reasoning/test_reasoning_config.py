@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestration.reasoning.config import PUBLISHED, StageConfig
+from orchestration.reasoning.family import recipe_for_size
 from orchestration.recipe import load_recipe, parse_recipe
-from tinyemo.errors import ConfigError
+from tinyemo.errors import AssetError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -86,3 +87,32 @@ def test_set_reaches_into_a_stage(tmp_path: Path) -> None:
     path.write_text("[stages.pretrain]\n")
     recipe = load_recipe(str(path), ["stages.pretrain.num_steps=5", 'stages.pretrain.trains="llm"'])
     assert (recipe.stages["pretrain"].num_steps, recipe.stages["pretrain"].learning_rate) == (5, 2e-5)
+
+
+def test_the_baseline_differs_from_the_model_in_its_images_alone() -> None:
+    model, baseline = load_recipe("reasoning-offline"), load_recipe("reasoning-text-only")
+    (stage,) = baseline.stages.values()
+    assert stage.model_copy(update={"images": True, "connector_learning_rate": 1e-3}) == model.stages["finetune"]
+    for section in ("records", "reasoner", "train", "evaluation"):
+        assert getattr(baseline, section) == getattr(model, section)
+
+
+def test_a_size_out_of_reach_is_random_where_the_recipe_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYEMO_MIRROR", str(tmp_path))
+    content = {"name": "sizes", "stages": {"pretrain": {}}, "records": {"tokenizer": "a"}}
+    family = {"random_weights": True, "tokenizers": {"tinyemo-1.5b": "b"}}
+    allowed = parse_recipe({**content, "family": family}, source="test")
+    children = {size: recipe_for_size(allowed, size) for size in ("smollm2-135m", "tinyemo-700m", "tinyemo-1.5b")}
+    assert [child.reasoner.llm for child in children.values()] == [
+        "smollm2-135m", "random:tinyemo-700m", "random:tinyemo-1.5b",
+    ]  # fmt: skip
+    assert [child.records.tokenizer for child in children.values()] == ["a", "a", "b"]
+    assert children["tinyemo-700m"].name == "sizes-tinyemo-700m"
+    with pytest.raises(AssetError, match="no source of the weights of tinyemo-700m answers"):
+        recipe_for_size(parse_recipe(content, source="test"), "tinyemo-700m")
+    (tmp_path / "llms" / "tinyemo-700m").mkdir(parents=True)
+    assert recipe_for_size(allowed, "tinyemo-700m").reasoner.llm == str(tmp_path / "llms" / "tinyemo-700m")
+    with pytest.raises(ConfigError, match=r"family\.tokenizers: 'huge' is not one of smollm2-135m"):
+        parse_recipe({**content, "family": {"tokenizers": {"huge": "a"}}}, source="test")
