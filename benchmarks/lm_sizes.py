@@ -45,6 +45,7 @@ def size_recipe(size: str) -> Recipe:
         "records": {
             "datasets": ["s3://tinyemo/datasets/oasis"],
             "tokenizer": "smollm2-135m" if size == "tinyemo-3.2b" else str(tok512.absolute()),
+            "end_token": "<|im_end|>" if size == "tinyemo-3.2b" else "</s>",
         },
         "engine": {"zero_stage": 3},
         "workers": {"num_workers": WORLD_SIZE, "cpus_per_worker": 1},

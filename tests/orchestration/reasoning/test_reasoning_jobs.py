@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from orchestration.recipe import load_recipe
 from orchestration.streaming.epoch_plan import Window
 from orchestration.streaming.ordered_stream import from_ipc
 from orchestration.streaming.record_batches import collate
+from tinyemo.errors import ConfigError
 from tinyemo.reasoner.model import Reasoner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -209,9 +211,16 @@ def test_what_is_wrong_with_the_data_is_one_line(jobs: Jobs, recipe: Path) -> No
     missing = jobs.run("train", recipe, "--set", "name=x", "--set", 'records.datasets=["s3://tinyemo/datasets/none"]')
     assert "stages.pretrain: " in missing.error
     assert "stages.finetune: " in missing.error
-    none = jobs.run("train", recipe, "--set", "name=x", "--set", "records.datasets=[]", "--dry-run")
-    assert "names no data set" in none.error
-    large = jobs.run("train", recipe, "--set", "name=x", "--set", "reasoner.llm=random:tinyemo-700m", "--dry-run")
-    assert "smollm2-135m has 49152 tokens and reasoner.llm random:tinyemo-700m embeddings for 32000" in large.error
+    with jobs.connected():
+        for override, said in (
+            ("records.datasets=[]", "names no data set"),
+            (
+                "reasoner.llm=random:tinyemo-700m",
+                "smollm2-135m has 49152 tokens and reasoner.llm random:tinyemo-700m embeddings for 32000",
+            ),
+        ):
+            chosen = load_recipe(str(recipe), ["name=x", override])
+            with pytest.raises(ConfigError, match=re.escape(said)):
+                prepare_reasoning(chosen, describe_sources(chosen))
     neither = jobs.run("explain", recipe, "--model", jobs.folder)
     assert "--projector or --label" in neither.error

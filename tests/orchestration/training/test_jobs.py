@@ -27,7 +27,7 @@ EXACT = """
 [projector]
 dropout = 0.2
 [train]
-num_epochs = 4
+num_epochs = 3
 [engine]
 zero_stage = 3
 precision = "fp32"
@@ -144,12 +144,12 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(
     accuracies = [
         metrics["val/top1_accuracy"] for _, metrics in jobs.points("undisturbed") if "val/num_samples" in metrics
     ]
-    assert len(accuracies) == 4
+    assert len(accuracies) == 3
     best = max(accuracies)
     assert result["val_top1_accuracy"] == best
     assert result["best_epoch"] == max(i for i, accuracy in enumerate(accuracies, 1) if accuracy == best)
     assert result["num_train"] == num_train
-    assert len(jobs.curve("undisturbed", "select")) == (num_train - result["num_validation"]) * 4 // 32
+    assert len(jobs.curve("undisturbed", "select")) == (num_train - result["num_validation"]) * 3 // 32
     assert len(jobs.curve("undisturbed", "refit")) == num_train * result["best_epoch"] // 32
 
 
