@@ -7,7 +7,9 @@ copies: memory that was set aside and not yet written to takes no room.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,28 @@ from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.weights import prepare_stage
 from tinyemo.errors import TinyEmoError
 from tinyemo.reasoner.model import Reasoner
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(3)."""
+
+
+@contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """Inside, a tensor of a mebibyte or more that is freed goes back to the machine at once.
+
+    glibc keeps freed blocks of up to 32 MiB for later, so that a rank which takes in a model parameter by parameter and
+    keeps its shard of each would end up holding the whole. Afterwards the rules are those that glibc itself arrives at.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed: int) -> Reasoner:

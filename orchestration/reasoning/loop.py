@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from orchestration import storage
 from orchestration.engine import Engine, load_engine, save_engine, start_engine, trained_state_dict
 from orchestration.reasoning.config import StageConfig
-from orchestration.reasoning.first_rank import build_on_first_rank
+from orchestration.reasoning.first_rank import build_on_first_rank, freed_memory_goes_back
 from orchestration.reasoning.steps import Inputs, mean_loss, take_step
 from orchestration.reasoning.throughput import Meter
 from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
@@ -78,11 +78,14 @@ def stage_loop_per_worker(config: dict[str, Any]) -> None:
     rank, device = ray.train.get_context().get_world_rank(), get_device()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)
     use_threads(recipe)
-    model = build_on_first_rank(lambda: build_for_stage(recipe, job.stage, job.weights), job.config, recipe.train.seed)
+    with freed_memory_goes_back():
+        model = build_on_first_rank(
+            lambda: build_for_stage(recipe, job.stage, job.weights), job.config, recipe.train.seed
+        )
+        meter = Meter(flop_model(model), device, plan.world_size)
+        engine = start_stage(model, recipe, job.config, num_steps=plan.num_steps, world_size=plan.world_size)
     preprocessing, image_token_id = model.config.encoder_spec.preprocessing, model.config.image_token_id
     inputs = Inputs(preprocessing, device, image_token_id, has_images=job.config.images)
-    meter = Meter(flop_model(model), device, plan.world_size)
-    engine = start_stage(model, recipe, job.config, num_steps=plan.num_steps, world_size=plan.world_size)
     step = restore(engine, job)
     stream = Waits(open_record_stream(ray.train.get_dataset_shard("samples"), plan, rank=rank, start_step=step))
     curve: list[dict[str, float]] = []
