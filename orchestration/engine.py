@@ -138,11 +138,16 @@ def start_engine(
         load_collectives()
     if torch.distributed.get_rank() == 0:
         logger.info("computing in %s on %s, ZeRO stage %d", dtype, _device_name(), engine.zero_stage)
+    config = _deepspeed_config(engine, dtype, global_batch_size, micro_batch_size, world_size)
+    if engine.zero_stage == 3:
+        # `initialize` would send the whole model to every rank before it shards it.
+        deepspeed.init_distributed(dist_init_required=False)
+        deepspeed.zero.Init(module=model.to(dtype), config_dict_or_path=config, dtype=dtype)
     built, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=_deepspeed_config(engine, dtype, global_batch_size, micro_batch_size, world_size),
+        config=config,
         dist_init_required=False,
     )
     return built
