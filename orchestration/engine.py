@@ -178,6 +178,8 @@ def _deepspeed_config(
             "allgather_bucket_size": engine.bucket_elements,
             "stage3_prefetch_bucket_size": engine.bucket_elements,
             "stage3_max_live_parameters": 4 * engine.bucket_elements,
+            # By default a billion elements that backward will want again stay gathered.
+            "stage3_max_reuse_distance": 4 * engine.bucket_elements,
             "sub_group_size": 4 * engine.bucket_elements,
             # Copying gradients into one buffer costs more than it saves where there is nothing to overlap it with.
             "contiguous_gradients": engine.zero_stage == 3,

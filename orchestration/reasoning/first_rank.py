@@ -8,8 +8,7 @@ copies: memory that was set aside and not yet written to takes no room.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,23 +23,17 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt(3)."""
 
 
-@contextmanager
-def freed_memory_goes_back() -> Iterator[None]:
-    """Inside, a tensor of a mebibyte or more that is freed goes back to the machine at once.
+def give_freed_memory_back(*, at_once: bool) -> None:
+    """Whether a tensor of a mebibyte or more that this process frees goes back to the machine at once.
 
     glibc keeps freed blocks of up to 32 MiB for later, so that a rank which takes in a model parameter by parameter and
-    keeps its shard of each would end up holding the whole. Afterwards the rules are those that glibc itself arrives at.
+    keeps its shard of each would end up holding the whole; off are the rules that glibc itself arrives at.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
-        yield
         return
-    mallopt(_MMAP_THRESHOLD, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_TRIM_THRESHOLD, 64 * 2**20)
+    mallopt(_MMAP_THRESHOLD, 2**20 if at_once else 32 * 2**20)
+    mallopt(_TRIM_THRESHOLD, 2**17 if at_once else 64 * 2**20)
 
 
 def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed: int) -> Reasoner:

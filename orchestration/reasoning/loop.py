@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from orchestration import storage
 from orchestration.engine import Engine, load_engine, save_engine, start_engine, trained_state_dict
 from orchestration.reasoning.config import StageConfig
-from orchestration.reasoning.first_rank import build_on_first_rank, freed_memory_goes_back
+from orchestration.reasoning.first_rank import build_on_first_rank, give_freed_memory_back
 from orchestration.reasoning.steps import Inputs, mean_loss, take_step
 from orchestration.reasoning.throughput import Meter
 from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
@@ -78,12 +78,12 @@ def stage_loop_per_worker(config: dict[str, Any]) -> None:
     rank, device = ray.train.get_context().get_world_rank(), get_device()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)
     use_threads(recipe)
-    with freed_memory_goes_back():
-        model = build_on_first_rank(
-            lambda: build_for_stage(recipe, job.stage, job.weights), job.config, recipe.train.seed
-        )
-        meter = Meter(flop_model(model), device, plan.world_size)
-        engine = start_stage(model, recipe, job.config, num_steps=plan.num_steps, world_size=plan.world_size)
+    give_freed_memory_back(at_once=True)
+    model = build_on_first_rank(lambda: build_for_stage(recipe, job.stage, job.weights), job.config, recipe.train.seed)
+    meter = Meter(flop_model(model), device, plan.world_size)
+    engine = start_stage(model, recipe, job.config, num_steps=plan.num_steps, world_size=plan.world_size)
+    # Whoever asks for ZeRO 3 is short of memory: on a CPU that saves 40 % of it for a fifth more time.
+    give_freed_memory_back(at_once=recipe.engine.zero_stage == 3)
     preprocessing, image_token_id = model.config.encoder_spec.preprocessing, model.config.image_token_id
     inputs = Inputs(preprocessing, device, image_token_id, has_images=job.config.images)
     step = restore(engine, job)
