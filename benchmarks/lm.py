@@ -263,7 +263,10 @@ def measure_sizes() -> dict[str, Any]:
     path = RESULTS / "lm.json"
     rows = json.loads(path.read_text()).get("sizes", {}) if path.exists() else {}
     chosen = os.environ.get("TINYEMO_SIZES", ",".join(TRAINS)).split(",")
-    return {"sizes": rows | {size: measure_size(size) for size in chosen}}
+    for size in chosen:  # each is minutes: what was measured stays if the next one fails
+        rows |= {size: measure_size(size)}
+        write_results("lm", {"sizes": rows})
+    return {"sizes": rows}
 
 
 if __name__ == "__main__":
