@@ -196,6 +196,8 @@ def _allow_deepspeed_types() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+    # Python 3.11.0 to 3.11.3 pickle a member of an enum by getattr, which `weights_only` refuses; the others by value.
+    ZeroStageEnum.__reduce_ex__ = lambda member, protocol: (type(member), (member.value,))
 
 
 def train_step(engine: Engine, loss: Tensor) -> None:
