@@ -92,7 +92,7 @@ def test_set_reaches_into_a_stage(tmp_path: Path) -> None:
 def test_the_baseline_differs_from_the_model_in_its_images_alone() -> None:
     model, baseline = load_recipe("reasoning-offline"), load_recipe("reasoning-text-only")
     (stage,) = baseline.stages.values()
-    assert stage.model_copy(update={"images": True, "connector_learning_rate": 1e-3}) == model.stages["finetune"]
+    assert stage.model_copy(update={"images": True}) == model.stages["finetune"]
     for section in ("records", "reasoner", "train", "evaluation"):
         assert getattr(baseline, section) == getattr(model, section)
 
