@@ -160,12 +160,13 @@ CURVES = {"world size 2": (2, 0), "world size 1": (1, 0), "ZeRO 3": (2, 3)}
 def measure_curves() -> dict[str, Any]:
     """Losses of each run, and the worst difference of a step."""
     from cluster.environment import load_platform_environment
+
+    load_platform_environment()  # before Ray is imported, which reads its token then
     from orchestration.fit import ReportCallback, connect, read_curve, run_phase
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.weights import describe_sources
 
-    load_platform_environment()
     connect()
     losses: dict[str, list[float]] = {}
     for name, (num_workers, zero_stage) in CURVES.items():
