@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from orchestration.provenance import git_state
 from orchestration.recipe import Recipe, parse_recipe
 
 WORLD_SIZE = 2
@@ -92,6 +93,7 @@ def measure_size(size: str) -> dict[str, Any]:
             points.setdefault(key, []).append(value)
     assert len(points["train/loss"]) == STEPS
     row = {
+        **{key: value for key, value in git_state().items() if key.startswith("git_")},
         "trains": recipe.stages["stage"].trains,
         "weights": "random",
         "losses": points["train/loss"],

@@ -31,12 +31,20 @@ def read_claim(folder: str, recipe: Recipe, data: Digests) -> str | None:
     if not storage.exists(uri):
         return None
     claim = storage.read_json(uri)
-    before_recipe = _as_of_today(claim.get("recipe", {}))
-    if _is_same(recipe, before_recipe) and claim.get("data") == dict(data):
-        return str(claim["mlflow_run_id"])
-    ours, theirs = (tracking.flatten(found) for found in (recipe.model_dump(mode="json"), before_recipe))
-    changed = [f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in ours if ours.get(key) != theirs.get(key)]
+    stored = claim.get("recipe", {})
+    earlier = _as_of_today(stored)
     before = claim.get("data", {})
+    if earlier is not None and earlier.digest() == recipe.digest() and before == dict(data):
+        return str(claim["mlflow_run_id"])
+    ours = tracking.flatten(recipe.model_dump(mode="json"))
+    theirs = tracking.flatten(earlier.model_dump(mode="json") if earlier is not None else stored)
+    changed = [
+        f"{key} {theirs.get(key)} -> {ours.get(key)}"
+        for key in dict.fromkeys([*ours, *theirs])
+        if ours.get(key) != theirs.get(key)
+    ]
+    if list(recipe.stages) != list(stored.get("stages", {})):
+        changed.append(f"stages {', '.join(stored.get('stages', {}))} -> {', '.join(recipe.stages)}")
     changed += [
         f"data version of {name} {str(before.get(name))[:12]} -> {str(data.get(name))[:12]}"
         for name in sorted({*before, *data})
@@ -63,20 +71,13 @@ def write_claim(folder: str, recipe: Recipe, data: Digests, run_id: str) -> None
         raise TrainingError(f"another job started {recipe.name} just now: wait for it, or choose another name")
 
 
-def _as_of_today(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as an earlier version of this package stored it, fields that it did not know at their defaults; as it
-    is where today's package knows less."""
+def _as_of_today(content: dict[str, Any]) -> Recipe | None:
+    """A recipe that an earlier version of this package stored, with defaults for fields that it did not know; None
+    where it has what today's package does not take."""
     try:
-        return Recipe.model_validate(content).model_dump(mode="json")
+        return Recipe.model_validate(content)
     except ValidationError:
-        return content
-
-
-def _is_same(recipe: Recipe, content: dict[str, Any]) -> bool:
-    try:
-        return Recipe.model_validate(content).digest() == recipe.digest()
-    except ValidationError:
-        return False
+        return None
 
 
 def is_finished_family(uri: str, recipe: Recipe) -> bool:
@@ -87,7 +88,8 @@ def is_finished_family(uri: str, recipe: Recipe) -> bool:
     """
     if not storage.exists(uri):
         return False
-    if not _is_same(recipe, storage.read_json(uri).get("recipe", {})):
+    earlier = _as_of_today(storage.read_json(uri).get("recipe", {}))
+    if earlier is None or earlier.digest() != recipe.digest():
         raise TrainingError(
             f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
         )

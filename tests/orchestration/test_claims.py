@@ -66,3 +66,16 @@ def test_a_run_goes_on_under_a_version_that_knows_more_fields(s3_root: str) -> N
     storage.write_json(f"{s3_root}/run.json", claim)
     with pytest.raises(TrainingError, match="exists with another recipe"):
         read_claim(s3_root, recipe(), DATA)
+
+
+def test_a_stage_that_is_gone_or_has_moved_is_named(s3_root: str) -> None:
+    both = {"pretrain": {}, "finetune": {"trains": "llm"}}
+    write_claim(s3_root, recipe(stages=both), DATA, "run-1")
+    for stages, said in (
+        ({"pretrain": {}}, "stages pretrain, finetune -> pretrain"),
+        (dict(reversed(both.items())), "stages pretrain, finetune -> finetune, pretrain"),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            read_claim(s3_root, recipe(stages=stages), DATA)
+        assert said in str(caught.value)
+    assert read_claim(s3_root, recipe(stages=both), DATA) == "run-1"
