@@ -92,7 +92,8 @@ def test_set_reaches_into_a_stage(tmp_path: Path) -> None:
 def test_the_baseline_differs_from_the_model_in_its_images_alone() -> None:
     model, baseline = load_recipe("reasoning-offline"), load_recipe("reasoning-text-only")
     (stage,) = baseline.stages.values()
-    assert stage.model_copy(update={"images": True}) == model.stages["finetune"]
+    seeing = {"images": True, "connector_learning_rate": model.stages["finetune"].connector_learning_rate}
+    assert stage.model_copy(update=seeing) == model.stages["finetune"]
     for section in ("records", "reasoner", "train", "evaluation"):
         assert getattr(baseline, section) == getattr(model, section)
 
