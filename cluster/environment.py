@@ -53,7 +53,7 @@ GROUPS = (
     VariableGroup(
         service="ray",
         deciding=("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"),
-        passive=("RAY_USAGE_STATS_ENABLED",),
+        passive=("RAY_USAGE_STATS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"),
     ),
 )
 

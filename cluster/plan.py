@@ -73,6 +73,8 @@ def make_plan(
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_path),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A process of its own in every job that looks for nodes about to be taken away: here is one, and it stays.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         },
         processes={},
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyemo.errors import DataError
@@ -30,13 +32,29 @@ STAGES = (
 )
 
 
+class _BatchNorm(nn.BatchNorm2d):
+    """By the running statistics, in float32 at least, whatever type the parameters were cast to.
+
+    DeepSpeed casts parameters to bf16 and leaves buffers alone, a mixture that torch's own batch norm refuses.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        mean, variance, weight, bias = (
+            values.to(dtype) for values in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(inputs, mean, variance, weight, bias, training=False, eps=self.eps)
+
+
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Convolution and batch norm with TensorFlow's padding: an odd one has its greater part on the right and below."""
     before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
     return [
         nn.ZeroPad2d((before, after, before, after)),
         nn.Conv2d(inputs, outputs, kernel, stride=stride, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs, eps=1e-3),
+        _BatchNorm(outputs, eps=1e-3),
     ]
 
 

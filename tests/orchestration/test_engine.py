@@ -58,17 +58,6 @@ def batch(step: int, rank: int, world_size: int, *, is_finite: bool = True) -> B
     return Batch("train", step, [f"row-{i}" for i in range(BATCH)][part], features[part], labels)
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: str, job: str, content: dict[str, Any]) -> None:
-    """One process of a group: does `job` and saves what it found."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    chosen = parse_recipe(content, source="test")
-    found = JOBS[job](chosen, rank, world_size, Path(folder))
-    torch.save(found, Path(folder) / f"{job}-{world_size}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def at_stage(chosen: Recipe, stage: int) -> Recipe:
     return chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"zero_stage": stage})})
 
@@ -132,27 +121,56 @@ def meet_an_infinite_row(chosen: Recipe, rank: int, world_size: int, folder: Pat
     return str(caught.value)
 
 
+PLAIN, DROPOUT = recipe(), recipe(projector={"dropout": 0.4})
+DISTURBED = recipe(projector={"dropout": 0.2})
+AGAINST_THE_LOOP = recipe(projector={"dropout": 0.2}, optimizer={"max_lr": 0.02})
 JOBS = {
-    "losses": losses_and_bytes,
-    "resume": save_and_resume,
-    "resize": resume_in_another_size,
-    "infinite": meet_an_infinite_row,
+    2: {
+        "losses": (losses_and_bytes, PLAIN),
+        "dropout": (losses_and_bytes, DROPOUT),
+        "resume": (save_and_resume, DISTURBED),
+        "infinite": (meet_an_infinite_row, PLAIN),
+    },
+    1: {
+        "losses": (losses_and_bytes, PLAIN),
+        "dropout": (losses_and_bytes, DROPOUT),
+        "loop": (losses_and_bytes, AGAINST_THE_LOOP),
+        "resize": (resume_in_another_size, DISTURBED),
+    },
 }
+"""By world size; one rank meets the checkpoints that two have left."""
 
 
-def spawn(job: str, world_size: int, folder: Path, chosen: Recipe) -> list[Any]:
-    """What each rank of a group of processes found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (world_size, port, str(folder), job, chosen.model_dump(mode="json"))
-    torch.multiprocessing.spawn(run_rank, arguments, nprocs=world_size)
-    return [torch.load(folder / f"{job}-{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    """One process of a group: does every job and saves what it found."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    found = {name: job(chosen, rank, world_size, Path(folder)) for name, (job, chosen) in JOBS[world_size].items()}
+    torch.save(found, Path(folder) / f"{world_size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+Found = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of a group of two and of one found, by world size."""
+    folder, by_size = tmp_path_factory.mktemp("ranks"), {}
+    for world_size in JOBS:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(run_rank, (world_size, port, str(folder)), nprocs=world_size)
+        ranks = range(world_size)
+        by_size[world_size] = [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in ranks]
+    return by_size
 
 
 @pytest.mark.slow
-def test_losses_do_not_depend_on_stage_or_world_size_and_state_is_halved(tmp_path: Path) -> None:
-    (alone,), (pair, _) = spawn("losses", 1, tmp_path, recipe()), spawn("losses", 2, tmp_path, recipe())
+def test_losses_do_not_depend_on_stage_or_world_size_and_state_is_halved(found: Found) -> None:
+    alone, pair = found[1][0]["losses"], found[2][0]["losses"]
     for stage in STAGES:
         assert np.allclose(pair[stage]["losses"], alone[1]["losses"], atol=1e-4), stage
         for name, weight in alone[1]["weights"].items():
@@ -163,10 +181,10 @@ def test_losses_do_not_depend_on_stage_or_world_size_and_state_is_halved(tmp_pat
         assert share == pytest.approx(1.0 if stage == 0 else 0.5, rel=0.02), stage
 
 
-def test_an_engine_is_the_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_engine_is_the_plain_loop(found: Found) -> None:
     """DeepSpeed's own defaults change a run silently (0.19.8 clips gradients at 1.0): ours may not."""
-    chosen = recipe(projector={"dropout": 0.2}, optimizer={"max_lr": 0.02})
-    ((*by_stage,),) = spawn("losses", 1, tmp_path, chosen)
+    chosen = AGAINST_THE_LOOP
     model, goal = build_projector(chosen), objective(chosen)
     optimizer = build_optimizer(model, chosen.optimizer)
     schedule, losses = build_schedule(chosen.optimizer, 20)(optimizer), []
@@ -179,30 +197,29 @@ def test_an_engine_is_the_plain_loop(tmp_path: Path) -> None:
         schedule.step()
         losses.append(float(loss.detach()))
     for stage in STAGES:
-        assert np.allclose(by_stage[stage]["losses"], losses, atol=1e-5), stage
+        assert np.allclose(found[1][0]["loop"][stage]["losses"], losses, atol=1e-5), stage
 
 
 @pytest.mark.slow
-def test_dropout_does_not_depend_on_world_size_either(tmp_path: Path) -> None:
-    chosen = recipe(projector={"dropout": 0.4})
-    (alone,), (pair, _) = spawn("losses", 1, tmp_path, chosen), spawn("losses", 2, tmp_path, chosen)
+def test_dropout_does_not_depend_on_world_size_either(found: Found) -> None:
+    alone, pair = found[1][0]["dropout"], found[2][0]["dropout"]
     for stage in STAGES:
         assert np.allclose(pair[stage]["losses"], alone[1]["losses"], atol=1e-4), stage
 
 
 @pytest.mark.slow
-def test_a_restored_engine_goes_on_to_the_same_losses(tmp_path: Path) -> None:
-    chosen = recipe(projector={"dropout": 0.2})
-    for by_stage in spawn("resume", 2, tmp_path, chosen):
+def test_a_restored_engine_goes_on_to_the_same_losses(found: Found) -> None:
+    for rank in found[2]:
         for stage in STAGES:
-            assert by_stage[stage]["resumed"] == by_stage[stage]["whole"], stage
-    (said,) = spawn("resize", 1, tmp_path, chosen)
+            assert rank["resume"][stage]["resumed"] == rank["resume"][stage]["whole"], stage
+    said = found[1][0]["resize"]
     assert len(said) == 3
     assert all(line.startswith("the checkpoint was written by 2 workers and the run has 1") for line in said)
 
 
-def test_an_infinite_loss_stops_every_rank_and_names_its_samples(tmp_path: Path) -> None:
-    said = spawn("infinite", 2, tmp_path, recipe())
+@pytest.mark.slow
+def test_an_infinite_loss_stops_every_rank_and_names_its_samples(found: Found) -> None:
+    said = [rank["infinite"] for rank in found[2]]
     assert all("train/loss is nan at step 3" in line for line in said)
     assert "row-0" in said[0]
     assert "row-15" in said[1]

@@ -43,18 +43,20 @@ def at_zero_stage(chosen: Recipe, zero_stage: int) -> Recipe:
     return chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"zero_stage": zero_stage})})
 
 
-def global_batch(step: int, *, num_padded: int = 0) -> RecordBatch:
+def global_batch(step: int, *, num_padded: int = 0, num_patches: int = 4, side: int = 32) -> RecordBatch:
     """Records of different lengths; how many of an answer's tokens a rank gets differs from rank to rank."""
     rng = np.random.default_rng(step)
     tokens, ids = [], []
     for place in range(BATCH):
         question, answer = rng.integers(3, VOCABULARY, 2 + place), rng.integers(3, VOCABULARY, 1 + int(rng.integers(9)))
-        input_ids = torch.tensor([1, *[IMAGE] * 4, *question, *answer])
+        input_ids = torch.tensor([1, *[IMAGE] * num_patches, *question, *answer])
         is_real = place < BATCH - num_padded
-        labels = torch.tensor([-100] * (5 + len(question)) + (list(answer) if is_real else [-100] * len(answer)))
+        labels = torch.tensor(
+            [-100] * (1 + num_patches + len(question)) + (list(answer) if is_real else [-100] * len(answer))
+        )
         tokens.append((input_ids, labels))
         ids.append(f"record-{place}" if is_real else "")
-    pixels = torch.from_numpy(rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(rng.integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8))
     return RecordBatch(0, step, ids, torch.tensor([bool(name) for name in ids]), pixels, tokens)
 
 
@@ -70,10 +72,10 @@ def stage_of(chosen: Recipe) -> StageConfig:
     return chosen.stages["stage"]
 
 
-def start(chosen: Recipe, world_size: int) -> tuple[Any, Inputs]:
+def start(chosen: Recipe, world_size: int, tower: str = "clip") -> tuple[Any, Inputs]:
     def build() -> Reasoner:
         assert torch.distributed.get_rank() == 0
-        return prepare_stage(tiny_reasoner(), stage_of(chosen), 0)
+        return prepare_stage(tiny_reasoner(tower=tower), stage_of(chosen), 0)
 
     model = build_on_first_rank(build, stage_of(chosen), 0)
     return start_stage(model, chosen, stage_of(chosen), num_steps=2 * STEPS, world_size=world_size), inputs_of(model)
@@ -102,6 +104,32 @@ def held(engine: Any) -> dict[str, int]:
     for left in reversed(range(engine.gradient_accumulation_steps())):
         loss = engine(input_ids=ids, labels=ids).loss
         accumulate(engine, loss, is_last=not left, before_step=lambda: found.update(state_bytes(engine)))
+    return found
+
+
+def with_batch_norm(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """By ZeRO stage, with a tower that has batch norms; the first rank's losses before and after a restart."""
+    found = []
+
+    def losses(engine: Any, inputs: Inputs, first: int, last: int) -> list[float]:
+        batches = [global_batch(step, num_patches=49, side=224) for step in range(first, last)]
+        return [
+            take_step(engine, parts(inputs, batch, rank, world_size), step, 0)[0]["train/loss"]
+            for step, batch in enumerate(batches, first)
+        ]
+
+    for zero_stage in STAGES:
+        staged = at_zero_stage(chosen, zero_stage)
+        checkpoint = folder / f"{chosen.engine.precision}-{zero_stage}"
+        engine, inputs = start(staged, world_size, tower="efficientnet-lite0")
+        begun = losses(engine, inputs, 0, 2)
+        save_engine(engine, checkpoint)
+        torch.distributed.barrier()
+        whole = losses(engine, inputs, 2, 3)
+        again, inputs = start(staged, world_size, tower="efficientnet-lite0")
+        load_engine(again, checkpoint)
+        dtypes = sorted({str(parameter.dtype) for parameter in again.module.parameters()})
+        found.append({"begun": begun, "whole": whole, "resumed": losses(again, inputs, 2, 3), "dtypes": dtypes})
     return found
 
 
@@ -147,6 +175,11 @@ def meet_no_model(chosen: Recipe, rank: int, world_size: int, folder: Path) -> s
     return str(caught.value)
 
 
+def in_precision(precision: str) -> Recipe:
+    chosen = recipe("lora")
+    return chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"precision": precision})})
+
+
 DROPOUT = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}
 CURVES = {"curves/llm": (curves, recipe("llm")), "curves/lora": (curves, recipe("lora"))}
 JOBS = {
@@ -154,6 +187,8 @@ JOBS = {
     2: {
         **CURVES,
         "resume/lora": (resume, recipe("lora", **DROPOUT)),
+        "fp32": (with_batch_norm, in_precision("fp32")),
+        "bf16": (with_batch_norm, in_precision("bf16")),
         "bad": (meet_a_bad_record, recipe("connector")),
         "no model": (meet_no_model, recipe("connector")),
     },
@@ -257,6 +292,18 @@ def test_a_restored_stage_goes_on_to_the_same_losses(trains: str, world_size: in
     for rank in found[world_size]:
         for zero_stage, row in enumerate(rank[f"resume/{trains}"]):
             assert row["resumed"] == row["whole"], zero_stage
+
+
+def test_bf16_trains_as_fp32_does_but_for_rounding(found: Found) -> None:
+    """As on a GPU, where it is the default."""
+    exact = found[2][0]["fp32"][0]
+    for zero_stage, row in enumerate(found[2][0]["bf16"]):
+        assert row["dtypes"] == ["torch.bfloat16"]
+        assert row["begun"][0] == pytest.approx(exact["begun"][0], rel=0.002), zero_stage
+        # Adam's first step has the sign of each gradient alone, so rounding counts most there.
+        assert row["begun"][1] == pytest.approx(exact["begun"][1], rel=0.04), zero_stage
+        assert row["begun"] != exact["begun"], zero_stage
+        assert row["resumed"] == row["whole"], zero_stage
 
 
 def test_a_checkpoint_holds_what_is_trained_alone(found: Found) -> None:
