@@ -2,8 +2,9 @@
 
 speed: tokens/s of (a) our job, S3 -> Ray Data -> Ray Train -> DeepSpeed on OASIS' instruct records, and (b) a raw twin,
 torchrun and DeepSpeed over the very same micro-batches in memory (benchmarks/lm_twin.py); 2 ranks of one thread,
-SmolLM2-135M and EfficientNet-Lite0 with real weights, in turns, warm-up excluded. Needs the platform with OASIS in S3
-(`tinyemo ingest oasis`).
+SmolLM2-135M and EfficientNet-Lite0 with real weights, in turns, warm-up excluded. Neither writes checkpoints meanwhile;
+a run of ours that writes one after each window is measured beside them. Needs the platform with OASIS in S3 (`tinyemo
+ingest oasis`).
 
 zero: bytes a rank holds of parameters, gradients and optimizer state at ZeRO 0 to 3 on 2 ranks, counted from tensors,
 against the formula.
@@ -44,8 +45,8 @@ STAGES = {
 }
 
 
-def speed_recipe(trains: str) -> Recipe:
-    """A stage of a few windows; the first one is for warming up."""
+def speed_recipe(trains: str, *, checkpoints: bool = False) -> Recipe:
+    """A stage of a few windows, with a checkpoint after each or none; the first one is for warming up."""
     stage = {
         **STAGES[trains], "template": "chatml", "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-4,
         "num_steps": (WINDOWS + 1) * STEPS_PER_WINDOW,
@@ -55,14 +56,14 @@ def speed_recipe(trains: str) -> Recipe:
         "records": {"datasets": ["s3://tinyemo/datasets/oasis"], "template": "chatml"},
         "engine": {"zero_stage": 1, "precision": "auto"},
         "workers": {"num_workers": WORLD_SIZE, "cpus_per_worker": 1},
-        "checkpoint": {"every_steps": STEPS_PER_WINDOW},
+        "checkpoint": {"every_steps": STEPS_PER_WINDOW if checkpoints else 0},
         "stages": {"stage": stage},
     }
     return parse_recipe(content, source="benchmark")
 
 
 def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
-    """(tokens/s of each window but the first, share of their time that waited for data), by the real loop."""
+    """(tokens/s of each window's steps but the first's, share of the run that waited for data), by the real loop."""
     from orchestration.fit import ReportCallback, connect, read_curve, run_phase
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
@@ -72,9 +73,14 @@ def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     plan = prepare_reasoning(recipe, describe_sources(recipe))
     job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
     state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
-    points = [point for _, point in read_curve(state.folder) if "train/tokens_per_s" in point][1:]
-    assert len(points) == WINDOWS
-    return [point["train/tokens_per_s"] for point in points], statistics.mean(p["train/wait_share"] for p in points)
+    points = [point for _, point in read_curve(state.folder)]
+    steps = [(point["train/tokens"], point["train/step_s"]) for point in points if "train/step_s" in point]
+    assert len(steps) == (WINDOWS + 1) * STEPS_PER_WINDOW
+    rates = []
+    for first in range(STEPS_PER_WINDOW, len(steps), STEPS_PER_WINDOW):
+        tokens, seconds = zip(*steps[first : first + STEPS_PER_WINDOW], strict=True)
+        rates.append(sum(tokens) / sum(seconds))
+    return rates, statistics.mean(point["train/wait_share"] for point in points if "train/wait_share" in point)
 
 
 def store_batches(recipe: Recipe, folder: Path) -> None:
@@ -127,16 +133,19 @@ def measure_speed() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()
-    tokens: dict[str, dict[str, float]] = {"ours": {}, "twin": {}}
+    tokens: dict[str, dict[str, float]] = {"ours": {}, "twin": {}, "ours with checkpoints": {}}
     ratios, waits, windows = {}, {}, {}
     for trains in STAGES:
         recipe = speed_recipe(trains)
-        found: dict[str, list[float]] = {"ours": [], "twin": []}
+        found: dict[str, list[float]] = {"ours": [], "twin": [], "ours with checkpoints": []}
         shares = []
         for turn in range(ROUNDS):
-            rates, share = run_job(recipe, f"s3://tinyemo/runs/bench-lm/{int(time.time())}-{trains}-{turn}")
+            folder = f"s3://tinyemo/runs/bench-lm/{int(time.time())}-{trains}-{turn}"
+            rates, share = run_job(recipe, folder)
             found["ours"] += rates
             shares.append(share)
+            if turn == 0:
+                found["ours with checkpoints"] = run_job(speed_recipe(trains, checkpoints=True), f"{folder}-kept")[0]
             with tempfile.TemporaryDirectory() as name:
                 store_batches(recipe, Path(name))
                 found["twin"] += run_twin(recipe, Path(name))
@@ -146,7 +155,8 @@ def measure_speed() -> dict[str, Any]:
         waits[trains], windows[trains] = statistics.mean(shares), found
         print(
             f"{trains}: ours {tokens['ours'][trains]:,.1f}, twin {tokens['twin'][trains]:,.1f} tokens/s, ratio "
-            f"{ratios[trains]:.3f}; waiting for data {100 * waits[trains]:.2f} % of the time",
+            f"{ratios[trains]:.3f}; waiting for data {100 * waits[trains]:.2f} % of the time; with a checkpoint every "
+            f"{STEPS_PER_WINDOW} steps {tokens['ours with checkpoints'][trains]:,.1f}",
             flush=True,
         )
     return {"tokens_per_s": tokens, "ours_vs_twin": ratios, "wait_share": waits, "windows": windows}

@@ -108,7 +108,7 @@ def held(engine: Any) -> dict[str, int]:
 
 
 def with_batch_norm(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """By ZeRO stage, with a tower that has batch norms; the first rank's losses before and after a restart."""
+    """By ZeRO stage, with a tower that has batch norms: losses before and after a restart; in fp32 those before."""
     found = []
 
     def losses(engine: Any, inputs: Inputs, first: int, last: int) -> list[float]:
@@ -118,9 +118,11 @@ def with_batch_norm(chosen: Recipe, rank: int, world_size: int, folder: Path) ->
             for step, batch in enumerate(batches, first)
         ]
 
+    if chosen.engine.precision == "fp32":
+        engine, inputs = start(at_zero_stage(chosen, 0), world_size, tower="efficientnet-lite0")
+        return [{"begun": losses(engine, inputs, 0, 2)}]
     for zero_stage in STAGES:
-        staged = at_zero_stage(chosen, zero_stage)
-        checkpoint = folder / f"{chosen.engine.precision}-{zero_stage}"
+        staged, checkpoint = at_zero_stage(chosen, zero_stage), folder / f"bf16-{zero_stage}"
         engine, inputs = start(staged, world_size, tower="efficientnet-lite0")
         begun = losses(engine, inputs, 0, 2)
         save_engine(engine, checkpoint)
