@@ -1,4 +1,4 @@
-"""Speed and memory of the reasoning model's training: `python benchmarks/lm.py [speed] [zero] [curves] [sizes]`.
+"""The reasoning model, measured: `python benchmarks/lm.py [speed] [zero] [curves] [offline] [sizes]`.
 
 speed: tokens/s of (a) our job, S3 -> Ray Data -> Ray Train -> DeepSpeed on OASIS' instruct records, and (b) a raw twin,
 torchrun and DeepSpeed over the very same micro-batches in memory (benchmarks/lm_twin.py); 2 ranks of one thread,
@@ -11,6 +11,8 @@ against the formula.
 
 curves: losses of SmolLM2-135M, real weights, full fine-tuning in fp32 without dropout, through the real job at world
 size 1 and 2 and at ZeRO 0 and 3.
+
+offline: both stages of the recipe reasoning-offline, its baseline reasoning-text-only, and the two compared.
 
 sizes: optimizer steps of the family at its true sizes (benchmarks/lm_sizes.py).
 """
@@ -265,6 +267,27 @@ def measure_zero() -> dict[str, Any]:
     return {"zero_bytes_of_a_rank": rows}
 
 
+def measure_offline() -> dict[str, Any]:
+    """Minutes, stages and held-out losses; TINYEMO_OFFLINE_RUNS names the two runs, and finished ones are only read."""
+    model, baseline = os.environ.get("TINYEMO_OFFLINE_RUNS", "bench-offline,bench-text-only").split(",")
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [str(Path(sys.executable).with_name("tinyemo")), *arguments, "--json"]
+        found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        return found
+
+    rows = {
+        name: run("train", recipe, "--set", f"name={name}")
+        for name, recipe in ((model, "reasoning-offline"), (baseline, "reasoning-text-only"))
+    }
+    compared = run("compare", model, baseline)
+    for name, row in rows.items():
+        print(f"{name}: {row['duration_s'] / 60:.1f} minutes, held-out {row['evaluation']['loss']}")
+    print(f"{model} against {baseline}, over records: {compared['over_records']}")
+    kept = ("duration_s", "answers", "llm_weights", "vision_weights", "stages", "evaluation")
+    return {"offline": {name: {key: row[key] for key in kept} for name, row in rows.items()} | {"compared": compared}}
+
+
 def measure_sizes() -> dict[str, Any]:
     """A row for each size; TINYEMO_SIZES names some of them, and the others' rows stay."""
     from benchmarks.machine import RESULTS
@@ -281,7 +304,10 @@ def measure_sizes() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {"speed": measure_speed, "zero": measure_zero, "curves": measure_curves, "sizes": measure_sizes}
+    known = {
+        "speed": measure_speed, "zero": measure_zero, "curves": measure_curves, "offline": measure_offline,
+        "sizes": measure_sizes,
+    }  # fmt: skip
     parts = sys.argv[1:] or list(known)
     if unknown := [part for part in parts if part not in known]:
         sys.exit(f"unknown part {', '.join(unknown)}: choose from {', '.join(known)}")
