@@ -80,7 +80,7 @@ def _end_process(code: int) -> NoReturn:
     """End without taking the interpreter apart.
 
     Arrow's threads may still hold Python objects. Where one lets go of them while the interpreter is taken apart, a
-    command that had done its work dies of SIGABRT or SIGSEGV (apache/arrow#34314, seen in about one of 2,000 here).
+    command that had done its work dies of SIGABRT or SIGSEGV (apache/arrow#34314; each was seen once here).
     """
     logging.shutdown()
     for output in (sys.stdout, sys.stderr):
