@@ -47,8 +47,8 @@ app.command()(explain)
 app.command()(compare)
 
 
-def main() -> None:
-    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+def main() -> NoReturn:
+    """Run the command line and leave the process; an error of ours is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("orchestration").setLevel(logging.INFO)
     logging.getLogger("tinyemo").setLevel(logging.INFO)
@@ -56,6 +56,7 @@ def main() -> None:
     atexit.register(lambda: _end_process(code))  # The first that is registered is the last that runs.
     try:
         app()
+        code = 0
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except TinyEmoError as error:
@@ -66,6 +67,7 @@ def main() -> None:
         code = 130
     finally:
         _leave_cluster()
+    sys.exit(code)
 
 
 def _leave_cluster() -> None:

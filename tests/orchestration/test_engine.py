@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from ranks import Found, Jobs, run_groups
 
 from orchestration.engine import (
     build_engine,
@@ -124,7 +122,7 @@ def meet_an_infinite_row(chosen: Recipe, rank: int, world_size: int, folder: Pat
 PLAIN, DROPOUT = recipe(), recipe(projector={"dropout": 0.4})
 DISTURBED = recipe(projector={"dropout": 0.2})
 AGAINST_THE_LOOP = recipe(projector={"dropout": 0.2}, optimizer={"max_lr": 0.02})
-JOBS = {
+JOBS: Jobs = {
     2: {
         "losses": (losses_and_bytes, PLAIN),
         "dropout": (losses_and_bytes, DROPOUT),
@@ -141,31 +139,10 @@ JOBS = {
 """By world size; one rank meets the checkpoints that two have left."""
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    """One process of a group: does every job and saves what it found."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    found = {name: job(chosen, rank, world_size, Path(folder)) for name, (job, chosen) in JOBS[world_size].items()}
-    torch.save(found, Path(folder) / f"{world_size}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-Found = dict[int, list[dict[str, Any]]]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of a group of two and of one found, by world size."""
-    folder, by_size = tmp_path_factory.mktemp("ranks"), {}
-    for world_size in JOBS:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(run_rank, (world_size, port, str(folder)), nprocs=world_size)
-        ranks = range(world_size)
-        by_size[world_size] = [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in ranks]
-    return by_size
+    """What each rank found, by world size."""
+    return run_groups(JOBS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,10 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers", "mlflow")
 PROGRAM = f"""
 import sys
 from orchestration.cli import main
-main()
+try:
+    main()
+except SystemExit:
+    pass
 print("imported:", *sorted(set({HEAVY!r}) & set(sys.modules)))
 """
 

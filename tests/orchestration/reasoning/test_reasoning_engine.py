@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from ranks import Found, Jobs, run_groups
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
 from orchestration.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
@@ -184,7 +182,7 @@ def in_precision(precision: str) -> Recipe:
 
 DROPOUT = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}
 CURVES = {"curves/llm": (curves, recipe("llm")), "curves/lora": (curves, recipe("lora"))}
-JOBS = {
+JOBS: Jobs = {
     1: {**CURVES, "resume/connector": (resume, recipe("connector"))},
     2: {
         **CURVES,
@@ -198,31 +196,10 @@ JOBS = {
 """By world size."""
 
 
-def run_rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    """One process of a group: does every job and saves what it found."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    found = {name: job(chosen, rank, world_size, Path(folder)) for name, (job, chosen) in JOBS[world_size].items()}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-Found = dict[int, list[dict[str, Any]]]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of a group of one and of two found, by world size."""
-    by_size: Found = {}
-    for world_size in (1, 2):
-        folder = tmp_path_factory.mktemp(f"ranks-{world_size}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(run_rank, (world_size, port, str(folder)), nprocs=world_size)
-        by_size[world_size] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    return by_size
+    """What each rank found, by world size."""
+    return run_groups(JOBS, tmp_path_factory.mktemp("ranks"))
 
 
 def plain_loop(chosen: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
