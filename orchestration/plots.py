@@ -26,6 +26,18 @@ class FamilyRow(TypedDict):
     """What is not real about it, for instance "random weights"; empty where nothing is."""
 
 
+class SizeRow(TypedDict):
+    """One model size in one stage of a family's training."""
+
+    name: str
+    note: str
+    """What is not real about it, for instance "random weights"; empty where nothing is."""
+    loss_against_tokens: list[tuple[float, float]]
+    """(tokens seen, nats a token), in the order of steps."""
+    figures: dict[str, tuple[float, str]]
+    """A value and its unit by what it measures, for instance "tokens/s"; the same ones in every row."""
+
+
 def plot_confusion(confusion: ArrayLike, words: Sequence[str], path: Path, title: str) -> None:
     """Write the confusion matrix: colour is the share of the true class, the number counts samples.
 
@@ -124,6 +136,43 @@ def plot_family(rows: Sequence[FamilyRow], path: Path, title: str) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path, title)
+
+
+def plot_sizes(rows: Sequence[SizeRow], path: Path, title: str) -> None:
+    """Write loss against tokens with a curve a size, and a panel of bars for each figure; a note is in the legend.
+
+    Args:
+        rows: in the order to draw them.
+        path: of the PNG.
+        title: says what data stands behind it.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(rows[0]["figures"])
+    figure = Figure(figsize=(6.4 + 2.6 * len(names), 4.2), layout="constrained")
+    columns = figure.add_gridspec(1, 1 + len(names), width_ratios=[2.2, *[1.0] * len(names)])
+    curves = figure.add_subplot(columns[0])
+    for position, row in enumerate(rows):
+        tokens, losses = zip(*row["loss_against_tokens"], strict=True)
+        label = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
+        marker = "o" if len(losses) <= 20 else None
+        curves.plot(tokens, losses, color=f"C{position}", label=label, marker=marker, markersize=4)
+    curves.set_xlabel("tokens seen")
+    curves.set_ylabel("training loss (nats a token)")
+    curves.legend(frameon=False, fontsize=8)
+    for place, name in enumerate(names, start=1):
+        axes = figure.add_subplot(columns[place])
+        values = [row["figures"][name][0] for row in rows]
+        bars = axes.bar(range(len(rows)), values, 0.62, color=[f"C{position}" for position in range(len(rows))])
+        axes.bar_label(bars, [f"{value:,.3g}" for value in values], padding=2, fontsize=8)
+        axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=35, ha="right", fontsize=8)
+        axes.set_title(f"{name} ({rows[0]['figures'][name][1]})", fontsize=9)
+        axes.set_ylim(0, 1.15 * max(values) or 1.0)
+    for axes in figure.axes:
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path, title)
 
 

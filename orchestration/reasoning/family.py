@@ -12,6 +12,7 @@ from typing import Any
 from orchestration import tracking
 from orchestration.claims import finish_family, is_finished_family
 from orchestration.fit import read_curve
+from orchestration.plots import SizeRow, plot_sizes
 from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
 from orchestration.recipe import Recipe, parse_recipe
 from tinyemo.errors import AssetError
@@ -19,6 +20,14 @@ from tinyemo.families import FAMILY
 
 logger = logging.getLogger(__name__)
 
+DRAWN = (
+    ("speed", "tokens_per_s", 1, "tokens/s"),
+    ("memory", "peak_memory_bytes", 2**30, "GiB a rank, peak"),
+    ("compute", "model_flops_per_s", 1e9, "model GFLOP/s"),
+    ("utilisation", "mfu", 0.01, "% of the GPU's peak"),
+)
+"""Panels of the plot: name, figure, what it is divided by, unit; one that no stage has, as on a CPU the last, is left
+out."""
 FIGURES = ("train/tokens_per_s", "train/peak_memory_bytes", "train/model_flops_per_s", "train/mfu")
 
 
@@ -77,6 +86,11 @@ def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) 
             path = Path(name) / "sizes.json"
             path.write_text(json.dumps(rows, indent=1))
             run.log_artifact(path)
+            for stage in recipe.stages:
+                plot = Path(name) / f"sizes-{stage}.png"
+                drawn = [drawn_row(row, stage, result) for row, result in zip(rows, results, strict=True)]
+                plot_sizes(drawn, plot, f"{recipe.name}, {stage}: answers {results[0].answers}")
+                run.log_artifact(plot, "plots")
         finish_family(done, recipe, {"sizes": list(recipe.family.sizes)})
     return results
 
@@ -96,3 +110,19 @@ def size_row(child: Recipe, size: str) -> dict[str, Any]:
         figures[f"{stage}/tokens"] = tokens
         curves[stage] = curve
     return {"size": size, "llm": child.reasoner.llm, "figures": figures, "loss_against_tokens": curves}
+
+
+def drawn_row(row: dict[str, Any], stage: str, result: ReasonerResult) -> SizeRow:
+    """A size's row of `size_row` for the plot of one stage."""
+    weights = {"random LLM": result.llm_weights, "random tower": result.vision_weights}
+    figures = {}
+    for name, key, scale, unit in DRAWN:
+        value = row["figures"].get(f"{stage}/{key}")
+        if value is not None:
+            figures[name] = (value / scale, unit)
+    return SizeRow(
+        name=row["size"],
+        note=", ".join(said for said, kind in weights.items() if kind == "random"),
+        loss_against_tokens=row["loss_against_tokens"][stage],
+        figures=figures,
+    )

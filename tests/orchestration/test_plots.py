@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from orchestration.plots import FamilyRow, plot_confusion, plot_curves, plot_family
+from orchestration.plots import FamilyRow, SizeRow, plot_confusion, plot_curves, plot_family, plot_sizes
 
 EKMAN = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 FAMILY = [
@@ -80,3 +80,18 @@ def test_plots_leave_pyplot_alone():
     code += "orchestration.plots.plot_curves({'a': [(1, 2.0)]}, Path(sys.argv[1]), 't');"
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_sizes_stand_side_by_side(tmp_path, count):
+    rows = [
+        SizeRow(
+            name=row["name"],
+            note=row["note"],
+            loss_against_tokens=[(1000.0 * step, 5 / step) for step in range(1, 4 + 40 * (position % 2))],
+            figures={"speed": (200.0 / (position + 1), "tokens/s"), "memory": (2.0 * position, "GiB a rank, peak")},
+        )
+        for position, row in enumerate(FAMILY[:count])
+    ]
+    plot_sizes(rows, tmp_path / "sizes.png", "family, finetune: answers templates")
+    drawn(tmp_path / "sizes.png")

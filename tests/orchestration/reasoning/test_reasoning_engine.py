@@ -151,6 +151,17 @@ def resume(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dic
     return found
 
 
+def offloaded(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[list[float]]:
+    """Losses by ZeRO stage from 1 on, with the optimizer's state in the host's memory."""
+    found = []
+    for zero_stage in STAGES[1:]:
+        staged = at_zero_stage(chosen, zero_stage)
+        staged = staged.model_copy(update={"engine": staged.engine.model_copy(update={"offload_optimizer": "cpu"})})
+        engine, inputs = start(staged, world_size)
+        found.append(steps(engine, inputs, rank, world_size, 0, STEPS))
+    return found
+
+
 def meet_a_bad_record(chosen: Recipe, rank: int, world_size: int, folder: Path) -> str:
     engine, inputs = start(chosen, world_size)
     batch = global_batch(3)
@@ -189,6 +200,7 @@ JOBS: Jobs = {
         "resume/lora": (resume, recipe("lora", **DROPOUT)),
         "fp32": (with_batch_norm, in_precision("fp32")),
         "bf16": (with_batch_norm, in_precision("bf16")),
+        "offloaded": (offloaded, recipe("llm")),
         "bad": (meet_a_bad_record, recipe("connector")),
         "no model": (meet_no_model, recipe("connector")),
     },
@@ -248,6 +260,12 @@ def test_curves_do_not_depend_on_zero_or_world_size(trains: str, found: Found) -
             for name, weight in weights.items():
                 assert torch.allclose(ours["weights"][name], weight, atol=1e-4), (zero_stage, name)
         assert other[zero_stage]["weights"] == {}
+
+
+def test_an_offloaded_optimizer_takes_the_same_steps(found: Found) -> None:
+    for rank in found[2]:
+        for zero_stage, losses in enumerate(rank["offloaded"], start=1):
+            assert np.allclose(losses, rank["curves/llm"][zero_stage]["losses"], atol=1e-5), zero_stage
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feature_files import MIRROR
 from job_runner import Jobs
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestration import storage
+from orchestration import storage, tracking
 from orchestration.reasoning.prepare import prepare_reasoning
 from orchestration.reasoning.steps import Inputs, losses_by_record
 from orchestration.reasoning.weights import describe_sources
@@ -31,6 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 WORDS = ("fear", "joy", "sadness")
 NUM_RECORDS = {"train": 96, "validation": 12, "test": 18}
+SIZE = "tinyemo-700m"
+RUN = f"moods-{SIZE}"
 PRETRAIN = """
 [reasoner]
 llm = "{llm}"
@@ -91,7 +94,19 @@ def recipe(jobs: Jobs) -> Path:
         num_key_value_heads=2, tie_word_embeddings=True, tinyemo_weights="random",
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(jobs.folder / "llm")
-    return jobs.recipe("moods-run", (PRETRAIN + FINETUNE).format(llm=jobs.folder / "llm"))
+    text = (PRETRAIN + FINETUNE).format(llm=jobs.folder / "llm")
+    return jobs.recipe("moods", f'{text}[family]\nsizes = ["{SIZE}"]\n')
+
+
+@pytest.fixture(scope="module")
+def mirror(jobs: Jobs, recipe: Path) -> Path:
+    """A mirror in which that language model stands for a size of the family, beside what the real one holds."""
+    folder = jobs.folder / "mirror"
+    (folder / "llms").mkdir(parents=True)
+    (folder / "llms" / SIZE).symlink_to(jobs.folder / "llm")
+    for path in MIRROR.iterdir() if MIRROR.is_dir() else ():
+        (folder / path.name).symlink_to(path)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -103,8 +118,8 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(jobs: Jobs, recipe: Path) -> Finished:
-    whole = jobs.run("train", recipe, "--json").document
+def finished(jobs: Jobs, recipe: Path, mirror: Path) -> Finished:
+    (whole,) = jobs.run("family", recipe, "--json", TINYEMO_MIRROR=str(mirror)).document
     pretrain = jobs.recipe("moods-killed", PRETRAIN.format(llm=jobs.folder / "llm"))
     command = jobs.start("train", pretrain, "--set", "evaluation.test=", "--json")
     jobs.wait_for_step("moods-killed", 4, command, "pretrain")
@@ -116,8 +131,8 @@ def finished(jobs: Jobs, recipe: Path) -> Finished:
 
 def test_a_killed_worker_changes_no_loss(jobs: Jobs, finished: Finished) -> None:
     """An engine's tests do the same to adapters with dropout, at every stage of ZeRO."""
-    whole = jobs.curve("moods-run", "pretrain")
-    assert len(whole) == len(jobs.curve("moods-run", "finetune")) == NUM_RECORDS["train"] // 8
+    whole = jobs.curve(RUN, "pretrain")
+    assert len(whole) == len(jobs.curve(RUN, "finetune")) == NUM_RECORDS["train"] // 8
     assert jobs.curve("moods-killed", "pretrain") == whole
     for key in ("first_loss", "last_loss"):
         assert finished.killed["stages"]["pretrain"][key] == finished.whole["stages"]["pretrain"][key]
@@ -144,8 +159,8 @@ def test_the_evaluation_counts_every_test_record_once(jobs: Jobs, finished: Fini
 
 
 def test_mlflow_shows_a_child_for_each_stage_and_where_it_came_from(jobs: Jobs, finished: Finished) -> None:
-    (parent,) = jobs.mlflow_runs("moods-run")
-    (pretrain,), (finetune,) = (jobs.mlflow_runs(f"moods-run-{name}") for name in ("pretrain", "finetune"))
+    (parent,) = jobs.mlflow_runs(RUN)
+    (pretrain,), (finetune,) = (jobs.mlflow_runs(f"{RUN}-{name}") for name in ("pretrain", "finetune"))
     assert {run.info.status for run in (parent, pretrain, finetune)} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in (pretrain, finetune)} == {parent.info.run_id}
     assert finetune.data.tags["starts_from.run_id"] == pretrain.info.run_id
@@ -154,6 +169,24 @@ def test_mlflow_shows_a_child_for_each_stage_and_where_it_came_from(jobs: Jobs, 
     assert parent.data.metrics["test/loss_right"] == finished.whole["evaluation"]["loss"]["right"]
     for key in ("train/loss", "train/learning_rate", "train/tokens_per_s", "train/wait_share", "val/loss"):
         assert key in finetune.data.metrics, key
+
+
+def test_mlflow_shows_the_sizes_of_a_family_side_by_side(jobs: Jobs, finished: Finished, tmp_path: Path) -> None:
+    (family,) = jobs.mlflow_runs("moods")
+    (child,) = jobs.mlflow_runs(RUN)
+    assert family.info.status == "FINISHED"
+    assert child.data.tags["mlflow.parentRunId"] == family.info.run_id
+    with jobs.connected():
+        folder = tracking.download_artifacts(f"runs:/{family.info.run_id}/", tmp_path)
+    (row,) = json.loads((folder / "sizes.json").read_text())
+    assert row["size"] == SIZE
+    for stage in ("pretrain", "finetune"):
+        assert (folder / "plots" / f"sizes-{stage}.png").read_bytes().startswith(b"\x89PNG")
+        curve = row["loss_against_tokens"][stage]
+        assert [loss for _, loss in curve] == list(jobs.curve(RUN, stage).values())
+        assert curve[-1][0] == family.data.metrics[f"{SIZE}/{stage}/tokens"]
+        for figure in ("tokens_per_s", "peak_memory_bytes", "model_flops_per_s"):
+            assert family.data.metrics[f"{SIZE}/{stage}/{figure}"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +228,18 @@ def test_the_export_explains_an_image(jobs: Jobs, finished: Finished, folder: Pa
     (said,) = jobs.run("explain", *arguments).document["images"]
     assert (said["label"], said["scores"]) == ("joy", {})
     assert "joy" in jobs.run("explain", *arguments[:-1]).stdout
-    many = jobs.run("explain", jobs.folder / "moods", "--model", "moods-run", *arguments[3:], "--max-new-tokens", "1")
+    many = jobs.run("explain", jobs.folder / "moods", "--model", RUN, *arguments[3:], "--max-new-tokens", "1")
     assert len(many.document["images"]) == sum(NUM_RECORDS.values())
 
 
 def test_the_same_command_shows_the_result_and_another_recipe_is_refused(
-    jobs: Jobs, recipe: Path, finished: Finished
+    jobs: Jobs, recipe: Path, mirror: Path, finished: Finished, tmp_path: Path
 ) -> None:
-    assert jobs.run("train", recipe, "--json").document == finished.whole
-    refused = jobs.run("train", recipe, "--set", "stages.finetune.learning_rate=1e-3")
+    assert jobs.run("family", recipe, "--json", TINYEMO_MIRROR=str(mirror)).document == [finished.whole]
+    with jobs.connected():
+        (run,) = jobs.mlflow_runs(RUN)
+        child = tracking.download_artifacts(f"runs:/{run.info.run_id}/recipe.toml", tmp_path)
+    refused = jobs.run("train", child, "--set", "stages.finetune.learning_rate=1e-3")
     assert "stages.finetune.learning_rate 0.005 -> 0.001" in refused.error
 
 

@@ -36,6 +36,8 @@ from orchestration.vision.stored_features import read_stored_features
 from tinyemo.encoders import EFFICIENTNET_LITE0
 from tinyemo.errors import AssetError, ConfigError, DataError
 
+ONE = PoolConfig(num_actors=1)
+
 # The pool
 
 
@@ -134,8 +136,9 @@ def test_the_result_is_a_feature_data_set_with_patches(cluster: str, s3_root: st
     again = make_features(source.uri, choose_encoder(str(tiny_clip)), name="tiny", root=s3_root, images_per_part=5)
     assert (again.is_unchanged, again.manifest) == (True, manifest)
     other = make_features(
-        source.uri, choose_encoder(str(tiny_clip)), name="tiny", root=s3_root, images_per_part=5, has_patches=False
-    )
+        source.uri, choose_encoder(str(tiny_clip)), name="tiny", root=s3_root, images_per_part=5, has_patches=False,
+        pool=ONE,
+    )  # fmt: skip
     assert other.manifest.version != manifest.version
     assert (other.manifest.patches, other.manifest.patch_grid) == ([], None)
 
@@ -143,7 +146,7 @@ def test_the_result_is_a_feature_data_set_with_patches(cluster: str, s3_root: st
 def test_only_missing_parts_are_computed(cluster: str, s3_root: str, tiny_clip: Path) -> None:
     source = write_records(s3_root, photographed(12))
     choice = choose_encoder(str(tiny_clip))
-    whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4).manifest
+    whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4, pool=ONE).manifest
     # As a run leaves it that was killed after its second part.
     uri = f"{s3_root}/part/{whole.version}"
     parts = plan_images(read_image_columns(source), 4).parts
@@ -152,7 +155,7 @@ def test_only_missing_parts_are_computed(cluster: str, s3_root: str, tiny_clip: 
     for part in parts[:2]:
         encode_part(job, encoder, part)
     before = {address: modified(address) for address in storage.list_prefix(uri) if NOTES not in address}
-    report = make_features(source.uri, choice, name="part", root=s3_root, images_per_part=4)
+    report = make_features(source.uri, choice, name="part", root=s3_root, images_per_part=4, pool=ONE)
     assert (report.num_parts, report.num_resumed) == (3, 2)
     assert {address: modified(address) for address in before} == before
     assert report.manifest.digest == whole.digest
@@ -203,7 +206,7 @@ def test_a_killed_run_goes_on_where_it_was(
     assert {address: modified(address) for address in kept} == kept
 
     choice = choose_encoder(str(untrained_efficientnet))
-    whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4).manifest
+    whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4, pool=ONE).manifest
     resumed = load_manifest(f"{s3_root}/killed", FeatureManifest)
     assert [file.sha256 for file in resumed.files()] == [file.sha256 for file in whole.files()]
     assert verify_manifest(resumed) == verify_manifest(whole)
@@ -227,7 +230,7 @@ def test_an_error_in_an_actor_is_one_line_of_ours(cluster: str, s3_root: str, ti
     sha256 = rows[4]["image_sha256"]
     assert rows[4]["id"] == "r00003"  # its second record has the right image, the plan takes the first
     with pytest.raises(DataError, match=f"image {sha256[:12]} of .* is corrupt") as caught:
-        make_features(source.uri, choose_encoder(str(tiny_clip)), name="bad", root=s3_root)
+        make_features(source.uri, choose_encoder(str(tiny_clip)), name="bad", root=s3_root, pool=ONE)
     assert "\n" not in str(caught.value)
     assert not storage.exists(f"{s3_root}/bad/latest.json")
 
@@ -243,7 +246,7 @@ def test_what_cannot_become_features_is_refused(cluster: str, s3_root: str, tiny
         make_features(f"{s3_root}/nothing", choice, name="none", root=s3_root)
     broken = write_records(s3_root, [with_image(n, b"no image %d" % n, label="joy") for n in range(2)], name="broken")
     with pytest.raises(DataError, match="0 images have a label and a feature"):
-        make_features(broken.uri, choice, name="none", root=s3_root)
+        make_features(broken.uri, choice, name="none", root=s3_root, pool=ONE)
 
 
 # From pictures to a trained projector, on the session's platform
@@ -267,7 +270,9 @@ def test_features_train_a_projector_that_names_their_encoder(jobs: Jobs, tiny_cl
         "--set", "near_duplicate_bits=-1", "--json",
     ).document  # fmt: skip
     assert ingested["rows_kept"] == 90
-    made = jobs.run("features", "plain", "--encoder", tiny_clip, "--name", "plain-clip", "--json").document
+    made = jobs.run(
+        "features", "plain", "--encoder", tiny_clip, "--name", "plain-clip", "--actors", "1", "--json"
+    ).document
     assert (made["images_kept"], made["feature_width"], made["encoder"]["weights"]) == (90, CLIP_WIDTH, "random")
     shown = jobs.run("features", "plain", "--encoder", tiny_clip, "--name", "plain-clip")
     assert "RANDOM WEIGHTS" in shown.stdout
