@@ -68,8 +68,8 @@ class FamilyConfig(Section):
     """Names of the family table."""
     random_weights: bool = False
     """Whether sizes whose embedding table is out of reach run with seeded random vectors, tagged so."""
-    tokenizers: dict[str, str] = Field({})
-    """Of a reasoning model, by size: an asset, a file or a folder; a size that is not named takes records.tokenizer."""
+    overrides: dict[str, tuple[str, ...]] = Field({})
+    """By size, what its run has in place of the recipe's own, each as `--set` takes it: section.field=value."""
     registered_name: str = "tinyemo-projector"
     """Registered model in MLflow whose alias champion points to the best."""
 
@@ -130,8 +130,8 @@ class Recipe(Section):
             if name not in FAMILY
         ]
         found += [
-            f"family.tokenizers: {name!r} is not one of {', '.join(FAMILY)}"
-            for name in self.family.tokenizers
+            f"family.overrides: {name!r} is not one of {', '.join(FAMILY)}"
+            for name in self.family.overrides
             if name not in FAMILY
         ]
         if self.data.validation_fraction * (self.data.validation_fold + 1) > 1:
@@ -187,6 +187,17 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 def parse_recipe(content: dict[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
     """The validated recipe of nested tables; every error at once, also those between sections."""
     return parse_section(Recipe, content, source=source, problems=problems, required={"name": "unnamed"})
+
+
+def parse_size(recipe: Recipe, size: str, content: dict[str, Any]) -> Recipe:
+    """The recipe of one size of a family, with family.overrides of that size laid over its tables.
+
+    Raises:
+        ConfigError: all that is wrong with it, one line a field.
+    """
+    found = lay_over(content, recipe.family.overrides.get(size, ()), Recipe)
+    problems = [f"family.overrides.{size}: {problem.removeprefix('--set ')}" for problem in found]
+    return parse_recipe(content, source=f"{recipe.name}, size {size}", problems=problems)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     """Train the reasoning model of a recipe, or show what would be read."""
     if dry_run:
-        _show_plan(recipe, as_json)
+        show_facts(recipe, _plan_facts(recipe), as_json)
         return
     from orchestration.reasoning import job
 
@@ -33,8 +33,13 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
     from orchestration.reasoning.family import recipe_for_size, train_reasoner_family
 
     if dry_run:
-        for size in recipe.family.sizes:
-            _show_plan(recipe_for_size(recipe, size), as_json)
+        planned = [(child, _plan_facts(child)) for child in (recipe_for_size(recipe, s) for s in recipe.family.sizes)]
+        if as_json:
+            found = [facts | {"recipe": child.model_dump(mode="json")} for child, facts in planned]
+            typer.echo(json.dumps(found, indent=1))
+            return
+        for child, facts in planned:
+            show_facts(child, facts, as_json)
         return
     with stoppable():
         results = train_reasoner_family(recipe, on_report=None if as_json else _show_report)
@@ -45,13 +50,14 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
         _show_result(result, as_json)
 
 
-def _show_plan(recipe: Recipe, as_json: bool) -> None:
+def _plan_facts(recipe: Recipe) -> dict[str, Any]:
+    """What is known of a run before anything starts."""
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.weights import describe_sources
 
     sources = describe_sources(recipe)
     plan = prepare_reasoning(recipe, sources)
-    facts: dict[str, Any] = {
+    return {
         "name": recipe.name,
         "recipe_digest": recipe.digest(),
         "llm": f"{sources.llm_name} ({sources.llm_weights} weights)",
@@ -62,7 +68,6 @@ def _show_plan(recipe: Recipe, as_json: bool) -> None:
         "validation_records": plan.validation.steps.samples_per_epoch if plan.validation else 0,
         "test_records": plan.test.steps.samples_per_epoch if plan.test else 0,
     }
-    show_facts(recipe, facts, as_json)
 
 
 def _show_report(stage: str, state: PhaseState) -> None:

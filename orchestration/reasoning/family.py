@@ -14,7 +14,7 @@ from orchestration.claims import finish_family, is_finished_family
 from orchestration.fit import read_curve
 from orchestration.plots import SizeRow, plot_sizes
 from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
-from orchestration.recipe import Recipe, parse_recipe
+from orchestration.recipe import Recipe, parse_size
 from tinyemo.errors import AssetError
 from tinyemo.families import FAMILY
 
@@ -28,14 +28,17 @@ DRAWN = (
 )
 """Panels of the plot: name, figure, what it is divided by, unit; one that no stage has, as on a CPU the last, is left
 out."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 FIGURES = ("train/tokens_per_s", "train/peak_memory_bytes", "train/model_flops_per_s", "train/mfu")
 
 
 def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
-    """The recipe of one child: the size's language model, seeded random weights where its own are out of reach.
+    """The recipe of one child: the size's language model, seeded random weights where its own are out of reach, the
+    tokenizer that lies beside its weights, and what family.overrides says.
 
     Raises:
-        AssetError: they are, and the recipe does not say family.random_weights = true.
+        AssetError: the weights are out of reach, and the recipe does not say family.random_weights = true.
+        ConfigError: its overrides are no fields or values of a recipe.
     """
     content = recipe.model_dump(mode="json")
     content["name"] = f"{recipe.name}-{size}"
@@ -55,8 +58,9 @@ def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
             "family.random_weights = true, and every table says so"
         )
     content["reasoner"] |= {"llm": source, "llm_revision": None}
-    content["records"]["tokenizer"] = recipe.family.tokenizers.get(size, recipe.records.tokenizer)
-    return parse_recipe(content, source=recipe.name)
+    if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        content["records"]["tokenizer"] = str(folder)
+    return parse_size(recipe, size, content)
 
 
 def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[ReasonerResult]:

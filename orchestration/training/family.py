@@ -10,7 +10,7 @@ from orchestration import tracking
 from orchestration.assets.labels import label_embeddings
 from orchestration.claims import finish_family, is_finished_family
 from orchestration.plots import FamilyRow, plot_family
-from orchestration.recipe import Recipe, parse_recipe, to_toml
+from orchestration.recipe import Recipe, parse_size, to_toml
 from orchestration.training.train import OnReport, TrainResult, notes, train
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
@@ -23,12 +23,13 @@ def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
 
     Raises:
         AssetError: the table is out of reach and the recipe does not say family.random_weights = true.
+        ConfigError: family.overrides of the size are no fields or values of a recipe.
     """
     content = recipe.model_dump(mode="json")
     content["name"] = f"{recipe.name}-{size}"
     content["labels"] |= {"llm": size, "llm_weights": "real"}
     content["projector"]["hidden_size"] = FAMILY[size].hidden_size
-    child = parse_recipe(content, source=recipe.name)
+    child = parse_size(recipe, size, content)
     try:
         label_embeddings(child.labels)
     except AssetError as error:
@@ -36,7 +37,7 @@ def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
             raise AssetError(f"{error}; or set family.random_weights = true, and every table says so") from error
         logger.warning("%s: its embedding table is out of reach, going on with RANDOM vectors", size)
         content["labels"]["llm_weights"] = "random"
-        child = parse_recipe(content, source=recipe.name)
+        child = parse_size(recipe, size, content)
     return child
 
 

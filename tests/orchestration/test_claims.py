@@ -57,11 +57,11 @@ def test_a_finished_family_is_one_of_its_recipe(s3_root: str) -> None:
 def test_a_run_goes_on_under_a_version_that_knows_more_fields(s3_root: str) -> None:
     write_claim(s3_root, recipe(), DATA, "run-1")
     claim = storage.read_json(f"{s3_root}/run.json")
-    del claim["recipe"]["family"]["tokenizers"]
+    del claim["recipe"]["family"]["overrides"]
     storage.write_json(f"{s3_root}/run.json", claim)
     assert read_claim(s3_root, recipe(), DATA) == "run-1"
-    with pytest.raises(TrainingError, match=r"family\.tokenizers\.tinyemo-700m None -> x"):
-        read_claim(s3_root, recipe(family={"tokenizers": {"tinyemo-700m": "x"}}), DATA)
+    with pytest.raises(TrainingError, match=r"family\.overrides\.tinyemo-700m None -> "):
+        read_claim(s3_root, recipe(family={"overrides": {"tinyemo-700m": ["train.seed=1"]}}), DATA)
     claim["recipe"]["gone"] = 1
     storage.write_json(f"{s3_root}/run.json", claim)
     with pytest.raises(TrainingError, match="exists with another recipe"):

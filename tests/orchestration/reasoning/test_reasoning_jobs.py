@@ -171,6 +171,15 @@ def test_mlflow_shows_a_child_for_each_stage_and_where_it_came_from(jobs: Jobs, 
         assert key in finetune.data.metrics, key
 
 
+def test_a_family_says_what_each_size_would_read(jobs: Jobs, recipe: Path, mirror: Path) -> None:
+    override = f'family.overrides={{{SIZE} = ["stages.pretrain.num_steps=5"]}}'
+    arguments = ("family", recipe, "--set", override, "--dry-run", "--json")
+    (planned,) = jobs.run(*arguments, TINYEMO_MIRROR=str(mirror)).document
+    assert planned["name"] == RUN
+    assert planned["optimizer_steps"] == {"pretrain": 5, "finetune": NUM_RECORDS["train"] // 8}
+    assert planned["recipe"]["reasoner"]["llm"] == str(mirror / "llms" / SIZE)
+
+
 def test_mlflow_shows_the_sizes_of_a_family_side_by_side(jobs: Jobs, finished: Finished, tmp_path: Path) -> None:
     (family,) = jobs.mlflow_runs("moods")
     (child,) = jobs.mlflow_runs(RUN)
