@@ -227,7 +227,8 @@ def _evaluate(
 ) -> dict[str, Any] | None:
     """The only reading of the test split: rows to S3 and MLflow, figures to MLflow."""
     if plan.test is None:
-        logger.warning("the data have no split %r: nothing is evaluated", plan.recipe.evaluation.test)
+        split = plan.recipe.evaluation.test
+        logger.warning("%s: nothing is evaluated", f"no split {split!r}" if split else "evaluation.test is empty")
         return None
     job = EvaluateJob(plan.recipe, plan.test, weights)
     state = run_phase(job, evaluate_loop_per_worker, ReportCallback(f"{folder}/evaluation", None))
