@@ -94,4 +94,4 @@ def test_sizes_stand_side_by_side(tmp_path, count):
         for position, row in enumerate(FAMILY[:count])
     ]
     plot_sizes(rows, tmp_path / "sizes.png", "family, finetune: answers templates")
-    drawn(tmp_path / "sizes.png")
+    assert drawn(tmp_path / "sizes.png") == (840, 2320), "a panel for the loss and one for each figure"
