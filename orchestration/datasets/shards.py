@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +45,6 @@ class Plan:
 
 def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> FeatureManifest:
     """Store shards, index and rejected rows; the manifest that may be written when this returns."""
-    features = np.memmap(staged, dtype=rows.feature_dtype, mode="r").reshape(-1, rows.feature_width)
     reasons = Counter(str(rejection.reason) for rejection in plan.rejections)
     shards: list[Shard] = []
     num_shards = sum(-(-(end - first) // version.rows_per_shard) for first, end in plan.offsets.values())
@@ -52,6 +52,7 @@ def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], 
         for split, (first, end) in plan.offsets.items():
             for number, start in enumerate(range(first, end, version.rows_per_shard)):
                 part = plan.table.slice(start, min(version.rows_per_shard, end - start))
+                features = _staged_rows(staged, part["position"].to_numpy(), rows)
                 stored = uploads.put(f"{split}-{number:05d}.parquet", _shard_bytes(part, features))
                 shards.append(Shard(**stored.model_dump(), split=split, rows=part.num_rows))
                 advance("upload", len(shards), num_shards)
@@ -88,9 +89,19 @@ def _label_ids(labels: pa.ChunkedArray) -> pa.Array:
     return pa.array([label_id(label) for label in labels.to_pylist()], pa.int32())
 
 
+def _staged_rows(staged: IO[bytes], positions: npt.NDArray[np.int64], rows: Input) -> npt.NDArray[np.floating]:
+    """(N, D) features at the positions (N,); read, not mapped: pages of a map stay in this process's memory."""
+    features = np.empty((len(positions), rows.feature_width), dtype=rows.feature_dtype)
+    for row, position in zip(features, positions.tolist(), strict=True):
+        num_read = os.preadv(staged.fileno(), [row.data], position * row.nbytes)
+        if num_read != row.nbytes:
+            raise OSError(f"{num_read} of {row.nbytes} bytes of row {position} were read from the temporary file")
+    return features
+
+
 def _shard_bytes(part: pa.Table, features: npt.NDArray[np.floating]) -> bytes:
-    """One shard as Parquet; only its own rows of the staged features are read."""
-    values = pa.array(features[part["position"].to_numpy()].ravel())
+    """One shard, (N, D) features, as Parquet."""
+    values = pa.array(features.ravel())
     table = pa.table(
         {
             "id": part["id"],

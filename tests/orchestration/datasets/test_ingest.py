@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from ingested_features import ingest, read_split
 
 from orchestration import storage
+from orchestration.assets.inputs import generated_input
 from orchestration.datasets.manifest import FeatureManifest, load_manifest, read_index, verify_manifest
+from orchestration.datasets.shards import _staged_rows
 from tinyemo.taxonomies import label_id
 
 # What is stored
@@ -190,6 +192,27 @@ def test_memory_does_not_grow_with_the_features(s3_root: str, tmp_path: Path) ->
     """Ids and hashes may be kept, features may not: 12.3 MB more of them cost less than a third of that."""
     small, large = (ingest_peak_bytes(tmp_path, s3_root, count) for count in (4_000, 12_000))
     assert large - small < 8_000 * 768 * 2 / 3
+
+
+def mapped_bytes() -> int:
+    """Of this process's resident memory, what is pages of files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssFile"].split()[0]) * 1024
+
+
+def test_staged_features_are_read_in_any_order_and_never_mapped(tmp_path: Path) -> None:
+    source = generated_input(EKMAN, feature_width=1024, seed=0)
+    features = np.random.default_rng(0).standard_normal((8_000, 1024)).astype(source.feature_dtype)
+    order = np.random.default_rng(1).permutation(len(features))
+    with (tmp_path / "staged").open("wb+") as staged:
+        features.tofile(staged)
+        staged.flush()
+        before = mapped_bytes()
+        for positions in np.array_split(order, 20):
+            assert np.array_equal(_staged_rows(staged, positions, source), features[positions])
+        assert mapped_bytes() - before < features.nbytes / 4
+        with pytest.raises(OSError, match="0 of 2048 bytes of row 8000"):
+            _staged_rows(staged, np.array([len(features)]), source)
 
 
 def test_generated_rows_say_so_and_are_the_same_everywhere(s3_root: str) -> None:
