@@ -11,18 +11,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from orchestration.engine import EngineConfig, OptimizerConfig
+from orchestration.engine_config import EngineConfig, OptimizerConfig
 from orchestration.reasoning.config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
 from orchestration.search.space import SearchConfig, space_problems
 from orchestration.streaming.feature_stream import DataConfig
 from orchestration.streaming.record_stream import RecordsConfig
 from orchestration.toml_sections import lay_over, parse_section, read_toml
-from tinyemo.config import Section
+from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section
 from tinyemo.errors import ConfigError
 from tinyemo.families import FAMILY
-from tinyemo.label_embeddings import LabelConfig
-from tinyemo.losses import LossConfig
-from tinyemo.projector import ProjectorConfig
 
 
 class TrainConfig(Section):

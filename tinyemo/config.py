@@ -1,11 +1,86 @@
-"""The base of every configuration section."""
+"""The base of every configuration section, and the sections of the projector. Without torch, so that a recipe is read,
+and what is wrong in it said, at once."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+from tinyemo.errors import ConfigError
+from tinyemo.families import FAMILY
+from tinyemo.taxonomies import render
 
 
 class Section(BaseModel):
     """A frozen pydantic model that forbids unknown keys; one TOML table of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ProjectorConfig(Section):
+    """Shape of the projector."""
+
+    encoder_width: Literal[512, 768, 1024, 1152, 1280] = 768
+    """Width of the pooled image features: CLIP B/16, CLIP L/14, DINOv2-L, SigLIP so400m, EfficientNet-Lite0."""
+    encoder: str = ""
+    """Name, or name@revision, of the encoder whose features it takes; others are refused. Empty: any of that width."""
+    hidden_size: PositiveInt = 576
+    """Width of the language model's input embeddings."""
+    hidden_width: PositiveInt | None = None
+    """Width of the hidden layer; none takes hidden_size, as published."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Probability that a hidden unit is dropped in training."""
+    normalize_features: bool = False
+    """Whether image features are L2-normalised on the way in; the published projector takes them as they come."""
+
+
+class LabelConfig(Section):
+    """Which words are the labels, and what text and language model stand for them."""
+
+    llm: str = "smollm2-135m"
+    """Name in the family whose input embeddings are the labels' space."""
+    llm_weights: Literal["real", "random"] = "real"
+    """real: the language model's own table; random: a seeded one of the same width, and every result says so."""
+    template: str = "word"
+    """word, emotion, image, scene, or a text with {emotion} in it."""
+    taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
+    """The labels that are told apart."""
+    synonyms_probability: float = Field(0.0, ge=0, le=1)
+    """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
+    taxonomy_augmentation: float = Field(0.0, ge=0, le=1)
+    """Chance that a training sample's label text is swapped for its label in another taxonomy, where there is one."""
+    seed: int = Field(0, ge=0)
+    """Of the random table."""
+
+    @field_validator("llm")
+    @classmethod
+    def _is_in_family(cls, value: str) -> str:
+        if value not in FAMILY:
+            raise ValueError(f"must be one of {', '.join(FAMILY)}")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        try:
+            render(value, "joy")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+class LossConfig(Section):
+    """Which loss trains the projector."""
+
+    name: Literal["cosine", "nt_xent", "info_nce", "prototype"] = "nt_xent"
+    """cosine, nt_xent and info_nce are published; prototype is a softmax over all labels of the taxonomy."""
+    temperature: PositiveFloat | None = None
+    """Divides cosines; none takes the published value of the loss. The cosine loss has no temperature."""
+    margin: float = Field(0.5, ge=-1, le=1)
+    """Of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the prototype loss: the share of the target that is spread over all labels."""
+    mixup_alpha: float = Field(0.0, ge=0)
+    """Both parameters of the Beta distribution that mixes each sample's features with another's (arXiv 1710.09412);
+    0 mixes none. One weight for a step."""

@@ -11,14 +11,14 @@ import struct
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinyemo.errors import DataError
-from tinyemo.sentencepiece_files import SENTENCEPIECE_FILE, open_sentencepiece
+from tinyemo.tokenizer_files import open_tokenizer
 
 Tokenize = Callable[[str], list[int]]
 
@@ -250,36 +250,3 @@ def _open_tokenize(source: Path) -> Tokenize:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return tokenize
-
-
-def open_tokenizer(source: Path) -> Any:
-    """The tokenizers.Tokenizer of a GGUF file, of `tokenizer.model`, or of a folder with that or Hugging Face's files.
-
-    Raises:
-        DataError: `source` holds no tokenizer that transformers can read.
-    """
-    pieces = source if source.name == SENTENCEPIECE_FILE else source / SENTENCEPIECE_FILE
-    if pieces.is_file() and not (source / "tokenizer.json").is_file():
-        return open_sentencepiece(pieces)
-    try:
-        return _gguf_tokenizer(source) if source.is_file() else _folder_tokenizer(source)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source} holds no tokenizer that transformers can read: {reason}") from error
-
-
-def _gguf_tokenizer(path: Path) -> Any:
-    """A tokenizers.Tokenizer from the vocabulary in a GGUF file."""
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-
-    # AutoTokenizer.from_pretrained(gguf_file=...) gives the same ids in 4.5 s instead of 0.5 s.
-    architecture, vocabulary, _ = get_gguf_tokenizer(str(path))
-    tokenizer, _ = convert_gguf_tokenizer(architecture, vocabulary)
-    return tokenizer
-
-
-def _folder_tokenizer(folder: Path) -> Any:
-    """A tokenizers.Tokenizer from a Hugging Face model folder; code in the folder is never run."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer

@@ -15,54 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from tinyemo.atomic_files import write_atomically
-from tinyemo.config import Section
 from tinyemo.embedding_tables import EmbeddingTable
-from tinyemo.errors import ConfigError, DataError
-from tinyemo.families import FAMILY
+from tinyemo.errors import DataError
 from tinyemo.taxonomies import LABELS, canonical_word, render, synonyms
 
 METADATA_KEY = "label_embeddings"
-
-
-class LabelConfig(Section):
-    """Which words are the labels, and what text and language model stand for them."""
-
-    llm: str = "smollm2-135m"
-    """Name in the family whose input embeddings are the labels' space."""
-    llm_weights: Literal["real", "random"] = "real"
-    """real: the language model's own table; random: a seeded one of the same width, and every result says so."""
-    template: str = "word"
-    """word, emotion, image, scene, or a text with {emotion} in it."""
-    taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
-    """The labels that are told apart."""
-    synonyms_probability: float = Field(0.0, ge=0, le=1)
-    """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
-    taxonomy_augmentation: float = Field(0.0, ge=0, le=1)
-    """Chance that a training sample's label text is swapped for its label in another taxonomy, where there is one."""
-    seed: int = Field(0, ge=0)
-    """Of the random table."""
-
-    @field_validator("llm")
-    @classmethod
-    def _is_in_family(cls, value: str) -> str:
-        if value not in FAMILY:
-            raise ValueError(f"must be one of {', '.join(FAMILY)}")
-        return value
-
-    @field_validator("template")
-    @classmethod
-    def _is_template(cls, value: str) -> str:
-        try:
-            render(value, "joy")
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return value
 
 
 @dataclass(frozen=True)

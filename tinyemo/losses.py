@@ -7,34 +7,15 @@ Shape letters: B batch, T texts, C classes, D width. s(i, t) is the cosine of im
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from tinyemo.config import Section
+from tinyemo.config import LossConfig
 from tinyemo.distributed import at_least_float32
 
 PUBLISHED_TEMPERATURES = {"nt_xent": 0.07, "info_nce": 0.1, "prototype": 0.07}
 """By loss; prototype's is ours."""
-
-
-class LossConfig(Section):
-    """Which loss trains the projector."""
-
-    name: Literal["cosine", "nt_xent", "info_nce", "prototype"] = "nt_xent"
-    """cosine, nt_xent and info_nce are published; prototype is a softmax over all labels of the taxonomy."""
-    temperature: PositiveFloat | None = None
-    """Divides cosines; none takes the published value of the loss. The cosine loss has no temperature."""
-    margin: float = Field(0.5, ge=-1, le=1)
-    """Of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Of the prototype loss: the share of the target that is spread over all labels."""
-    mixup_alpha: float = Field(0.0, ge=0)
-    """Both parameters of the Beta distribution that mixes each sample's features with another's (arXiv 1710.09412);
-    0 mixes none. One weight for a step."""
 
 
 def cosine_embedding(image_embeds: Tensor, text_embeds: Tensor, *, margin: float = 0.5) -> Tensor:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinyemo.config import LossConfig
 from tinyemo.distributed import gather_rows, rank
 from tinyemo.label_embeddings import LabelEmbeddings
-from tinyemo.losses import LossConfig, compute_loss
+from tinyemo.losses import compute_loss
 from tinyemo.taxonomies import TAXONOMIES, map_label, synonyms
 
 # Streams of random numbers that must not share a seed.

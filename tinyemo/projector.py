@@ -9,17 +9,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tinyemo.atomic_files import write_atomically
-from tinyemo.config import Section
+from tinyemo.config import ProjectorConfig
 from tinyemo.distributed import GlobalBatchNorm1d, GlobalDropout, at_least_float32
 from tinyemo.errors import DataError
 from tinyemo.label_embeddings import LabelEmbeddings
@@ -30,23 +30,6 @@ LABELS_FILE = "label_embeddings.safetensors"
 FORMAT = 1
 
 CardValue = str | int | float | bool
-
-
-class ProjectorConfig(Section):
-    """Shape of the projector."""
-
-    encoder_width: Literal[512, 768, 1024, 1152, 1280] = 768
-    """Width of the pooled image features: CLIP B/16, CLIP L/14, DINOv2-L, SigLIP so400m, EfficientNet-Lite0."""
-    encoder: str = ""
-    """Name, or name@revision, of the encoder whose features it takes; others are refused. Empty: any of that width."""
-    hidden_size: PositiveInt = 576
-    """Width of the language model's input embeddings."""
-    hidden_width: PositiveInt | None = None
-    """Width of the hidden layer; none takes hidden_size, as published."""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """Probability that a hidden unit is dropped in training."""
-    normalize_features: bool = False
-    """Whether image features are L2-normalised on the way in; the published projector takes them as they come."""
 
 
 class MetricProjector(nn.Module):

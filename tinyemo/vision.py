@@ -16,17 +16,13 @@ Shape letters: B batch, S side of an image in pixels, P patches, D patch width, 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from tinyemo.efficientnet import STRIDE, WIDTH, EfficientNetLite0
@@ -55,35 +51,6 @@ _KINDS = {
     "siglip_vision_model": "siglip",
     "dinov2": "dinov2",
 }
-
-
-class UnreadableImageError(DataError):
-    """These bytes are no image; caught where images are read one by one."""
-
-
-def read_pixels(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """(crop, crop, 3) uint8 RGB of an encoded image: scaled and cropped, not yet normalised.
-
-    Raises:
-        UnreadableImageError: Pillow cannot decode it, or it is smaller than the crop after scaling.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise UnreadableImageError(f"{len(data)} bytes are no image that can be read ({error})") from error
-    size = preprocessing.size
-    width, height = pixels.size
-    if preprocessing.resize == "exact":
-        width, height = size, size
-    else:
-        shorter = min(width, height)
-        width, height = size * width // shorter, size * height // shorter
-    if pixels.size != (width, height):
-        pixels = pixels.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
-    crop = preprocessing.crop
-    left, top = (width - crop) // 2, (height - crop) // 2
-    return np.asarray(pixels.crop((left, top, left + crop, top + crop)))
 
 
 @dataclass(frozen=True)

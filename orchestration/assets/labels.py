@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from orchestration.assets.catalogue import cache_folder, open_embedding_table
-from tinyemo.label_embeddings import LabelConfig, LabelEmbeddings, embed_labels, known_words
+from tinyemo.config import LabelConfig
+from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words
 
 
 def label_embeddings(config: LabelConfig) -> LabelEmbeddings:

@@ -18,14 +18,14 @@ from transformers.utils import logging as hf_logging
 from orchestration import storage
 from orchestration.instruct.oasis import REASONING_REQUESTS
 from orchestration.reasoning.steps import normalise
-from orchestration.streaming.record_batches import open_chat_tokenizer
+from orchestration.streaming.record_forms import open_chat_tokenizer
 from tinyemo.conversation import IMAGE_TEXT, encode_prompt
 from tinyemo.encoders import encoder_of_card, find_conflict
 from tinyemo.errors import ConfigError, DataError
+from tinyemo.images import read_pixels
 from tinyemo.projector import MetricProjector
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.taxonomies import canonical_word
-from tinyemo.vision import read_pixels
 
 REQUEST = REASONING_REQUESTS[0]
 ANSWER = re.compile(r"\s*Reasoning:\s*(?P<reasoning>.*?)\s*Predicted Label:\s*(?P<label>[^\n]*?)\s*", re.DOTALL)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from orchestration.reasoning.prepare import ReasoningPlan
 from orchestration.reasoning.weights import Sources, build_trained, tokenizer_source
 from orchestration.recipe import to_toml
-from tinyemo.embedding_tables import open_tokenizer
+from tinyemo.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from orchestration.reasoning.job import ReasonerResult

@@ -9,9 +9,9 @@ from orchestration.reasoning.weights import Sources, tokenizer_source
 from orchestration.recipe import Recipe
 from orchestration.streaming.record_sets import RecordSet, open_record_set
 from orchestration.streaming.record_stream import RecordPlan, plan_records
-from tinyemo.embedding_tables import open_tokenizer
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import ConfigError, DataError
+from tinyemo.tokenizer_files import open_tokenizer
 
 EVALUATION_BATCH = 16
 """Records that a rank measures together."""

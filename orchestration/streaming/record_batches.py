@@ -1,4 +1,4 @@
-"""Records become what a run trains on: in a reading task ids and, where the recipe says so, pixels; on a rank tensors.
+"""Records as a rank trains on them: tensors, made of what a reading task handed over; see `record_forms`.
 
 Shape letters: B records of one rank in a step, H image side in pixels, T tokens.
 """
@@ -6,66 +6,16 @@ Shape letters: B records of one rank in a step, H image side in pixels, T tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestration.streaming.record_sets import turns_of
-from tinyemo.chat_templates import TemplateName
-from tinyemo.chat_tokenizer import ChatTokenizer
-from tinyemo.conversation import IGNORED, encode_conversation
-from tinyemo.embedding_tables import open_tokenizer
-from tinyemo.encoders import Preprocessing
-from tinyemo.errors import DataError
-from tinyemo.images import decode_image
+from orchestration.streaming.record_forms import RecordForm
+from tinyemo.conversation import IGNORED
 from tinyemo.packing import PaddedBatch, TokenRecord, pad
-from tinyemo.vision import read_pixels
-
-
-@dataclass(frozen=True)
-class RecordForm:
-    """In which form a run takes its records.
-
-    Attributes:
-        tokenizer: an asset's name or a path; empty for images alone.
-        image_tokens: placeholders of an image among the ids.
-        decode: who turns files into pixels.
-        image_size: H, where no preprocessing says it.
-        preprocessing: of the vision tower; None for a plain centre square, which is several times faster.
-    """
-
-    tokenizer: str
-    end_token: str
-    template: TemplateName
-    image_tokens: int
-    max_length: int
-    decode: Literal["reader", "worker"]
-    image_size: int
-    preprocessing: Preprocessing | None
-
-    @property
-    def side(self) -> int:
-        """H."""
-        return self.image_size if self.preprocessing is None else self.preprocessing.crop
-
-    def pixels(self, data: bytes, record_id: str) -> NDArray[np.uint8]:
-        """(H, H, 3) uint8 RGB, not normalised: the same wherever it is called.
-
-        Raises:
-            DataError: these bytes are no whole image.
-        """
-        try:
-            if self.preprocessing is None:
-                return decode_image(data, self.image_size)
-            return read_pixels(data, self.preprocessing)
-        except DataError as error:
-            raise DataError(f"record {record_id!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -112,54 +62,6 @@ class RecordBatch:
         """Some of its records, in their order; see `tinyemo.packing.micro_batches`."""
         tokens = None if self.tokens is None else self.tokens[rows]
         return RecordBatch(self.epoch, self.step, self.ids[rows], self.is_real[rows], self.pixel_values[rows], tokens)
-
-
-def prepare(records: pa.Table, form: RecordForm) -> pa.Table:
-    """What travels to the ranks: id, image (the file, or its pixels), input_ids, labels.
-
-    Raises:
-        DataError: a record that cannot be decoded or learned from, by its id.
-    """
-    ids = records["id"].to_pylist()
-    columns = {"id": records["id"], "image": records["image"]}
-    if form.decode == "reader":
-        pixels = [
-            form.pixels(data.as_buffer(), name).tobytes() for data, name in zip(records["image"], ids, strict=True)
-        ]
-        columns["image"] = pa.array(pixels, pa.binary(3 * form.side**2))
-    if form.tokenizer:
-        tokenizer = open_chat_tokenizer(form.tokenizer, form.end_token)
-        encoded = [
-            encode_conversation(
-                turns,
-                tokenizer,
-                template=form.template,
-                image_tokens=form.image_tokens,
-                max_length=form.max_length,
-                task=task,
-                record_id=name,
-            )
-            for turns, task, name in zip(turns_of(records), records["task"].to_pylist(), ids, strict=True)
-        ]
-        columns["input_ids"] = pa.array([item.input_ids for item in encoded], pa.list_(pa.int32()))
-        columns["labels"] = pa.array([item.labels for item in encoded], pa.list_(pa.int32()))
-    return pa.table(columns)
-
-
-@cache
-def open_chat_tokenizer(name: str, end_token: str) -> ChatTokenizer:
-    """The tokenizer of an asset, a folder or a file; opened once a process.
-
-    Raises:
-        ConfigError: the tokenizer has no such end token.
-        AssetError, DataError: it cannot be had or read.
-    """
-    from orchestration.assets.catalogue import find_asset, get_asset
-
-    source = Path(name)
-    if not source.exists():
-        source = get_asset(name) / find_asset(name).files[0]
-    return ChatTokenizer(open_tokenizer(source), end_token)
 
 
 def collate(rows: pa.Table, epoch: int, step: int, form: RecordForm) -> RecordBatch:

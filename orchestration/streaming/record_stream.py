@@ -3,7 +3,7 @@
 A task reads a window of steps: the row groups that it touches, once each. It tokenises, decodes images where the recipe
 says so, and hands each rank its part; the rank holds that against the plan and collates one batch a step.
 
-What becomes of a record stands in `record_batches`.
+What becomes of a record stands in `record_forms`, and on a rank in `record_batches`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from orchestration.streaming.epoch_plan import EpochPlan, MixedSet, Refs, Tail, Window
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
-from orchestration.streaming.record_batches import RecordBatch, RecordForm, collate, prepare
+from orchestration.streaming.record_forms import RecordForm, prepare
 from orchestration.streaming.record_sets import RecordSet, read_records
 from orchestration.streaming.sampling import rank_slice
 from tinyemo.chat_templates import TemplateName
@@ -32,6 +32,8 @@ from tinyemo.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     import ray.data
+
+    from orchestration.streaming.record_batches import RecordBatch
 
 BATCHES_AHEAD = 2
 WINDOW_BYTES = 96 * 2**20
@@ -202,6 +204,8 @@ def open_record_stream(
     Raises:
         TrainingError: the stream handed out something else than the plan says.
     """
+    from orchestration.streaming.record_batches import collate  # torch: a rank's affair, not a reading task's
+
     waiting: deque[Future[RecordBatch]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="collate") as pool:
         for epoch, step, rows in _steps(shard, plan, rank, start_step):

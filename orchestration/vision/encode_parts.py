@@ -150,7 +150,7 @@ def _encode(job: FeatureJob, encoder: VisionEncoder, part: Part, images: list[by
     """Pooled features in memory; patches go to the Parquet file `path`, batch by batch."""
     import torch
 
-    from tinyemo.vision import read_pixels
+    from tinyemo.images import read_pixels
 
     pooled = [np.empty((0, job.spec.feature_width), np.float16)]
     places: list[int] = []
@@ -183,7 +183,7 @@ def _batches(
     part: Part, coming: list[Future[NDArray[np.uint8]]], batch_size: int, rejections: list[Rejection]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
     """(places in the part, pixels) of the images that are readable; the others join `rejections`."""
-    from tinyemo.vision import UnreadableImageError
+    from tinyemo.images import UnreadableImageError
 
     for start in range(0, len(coming), batch_size):
         places, pixels = [], []

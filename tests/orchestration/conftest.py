@@ -126,6 +126,7 @@ def cluster(s3_server: dict[str, str]) -> Iterator[str]:
         for name, value in s3_server.items():
             patch.setenv(name, value)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("LOG_NAME_UPDATE_INTERVAL_S", "60")  # Ray's log monitor, which nobody listens to here
         context = ray.init(
             address="local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False
         )

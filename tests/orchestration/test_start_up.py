@@ -34,8 +34,12 @@ print("imported:", *sorted(set({HEAVY!r}) & set(sys.modules)))
         ["ingest", "instruct", "--records", "nothing", "--images", "nowhere", "--root", "here"],
         ["ingest", "oasis", "--negative-below", "9"],
         ["features", "nothing", "--name", "x", "--cpus-per-actor", "0"],
+        ["train", "emotion6", "--set", "train.seed=x"],
+        ["train", "emotion6", "--set", "data.dataset=nowhere"],
+        ["family", "family", "--dry-run"],
+        ["stream", "oasis-stream", "--dry-run"],
     ],
-    ids=lambda arguments: " ".join(arguments[:2]),
+    ids=" ".join,
 )
 def test_a_command_imports_only_what_it_needs(arguments: list[str], tmp_path: Path) -> None:
     services = ("AWS_", "MLFLOW_", "RAY_", "TINYEMO_")

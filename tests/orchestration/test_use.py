@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from orchestration import storage
 from orchestration.cli import app
+from tinyemo.config import ProjectorConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.errors import TinyEmoError
 from tinyemo.families import find_size
 from tinyemo.label_embeddings import embed_labels, known_words
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Runs the command line, then says which of the modules that it must do without were imported.

@@ -16,8 +16,8 @@ from orchestration.assets.catalogue import get_asset
 from tinyemo.chat_templates import PHI_SYSTEM, TEMPLATES, TemplateName
 from tinyemo.chat_tokenizer import SPACE_LETTER, ChatTokenizer
 from tinyemo.conversation import IGNORED, IMAGE_TEXT, IMAGE_TOKEN_ID, encode_conversation, encode_prompt
-from tinyemo.embedding_tables import open_tokenizer
 from tinyemo.errors import ConfigError, DataError
+from tinyemo.tokenizer_files import open_tokenizer
 
 TOKENIZERS = {"smollm2-135m": "<|im_end|>", "tok512": "</s>"}
 """Names, and the end token of each."""

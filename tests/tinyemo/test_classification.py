@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from tinyemo.classification import ROWS_PER_FORWARD, evaluate_left_out, evaluate_projector, predict_labels
+from tinyemo.config import ProjectorConfig
 from tinyemo.errors import DataError
 from tinyemo.features import FeatureTable
 from tinyemo.label_embeddings import LabelEmbeddings
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 
 WORDS = ("anger", "joy", "cheerfulness")
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tinyemo.config import ProjectorConfig
 from tinyemo.distributed import GlobalBatchNorm1d, GlobalDropout, gather_rows
 from tinyemo.losses import info_nce, nt_xent
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 
 WORLD_SIZE = 2
 NUM_ROWS = 12

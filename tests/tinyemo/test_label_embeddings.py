@@ -9,9 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tinyemo.config import LabelConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.errors import DataError
-from tinyemo.label_embeddings import LabelConfig, LabelEmbeddings, embed_labels, known_words
+from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words
 from tinyemo.taxonomies import LABELS, TAXONOMIES, synonyms
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.losses import NTXentLoss
 from torch import Tensor
 
-from tinyemo.losses import LossConfig, compute_loss, cosine_embedding, info_nce, nt_xent, prototype
+from tinyemo.config import LossConfig
+from tinyemo.losses import compute_loss, cosine_embedding, info_nce, nt_xent, prototype
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

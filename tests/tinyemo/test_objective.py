@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinyemo.config import LossConfig, ProjectorConfig
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
-from tinyemo.losses import LossConfig
 from tinyemo.objective import Objective, build_objective, other_labels
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 from tinyemo.taxonomies import taxonomy_labels
 
 EKMAN = taxonomy_labels("ekman")

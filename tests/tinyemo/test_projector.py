@@ -10,10 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from tinyemo.config import ProjectorConfig
 from tinyemo.errors import DataError
 from tinyemo.families import FAMILY
 from tinyemo.label_embeddings import LabelEmbeddings
-from tinyemo.projector import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE, MetricProjector, ProjectorConfig
+from tinyemo.projector import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE, MetricProjector
 
 CARD = {"llm": "smollm2-135m", "llm_weights": "random", "taxonomy": "ekman", "num_train": 12, "generated": True}
 WORDS = ("anger", "joy", "cheerfulness")

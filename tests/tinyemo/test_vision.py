@@ -30,13 +30,12 @@ from tinyemo.encoders import (
     parquet_metadata,
 )
 from tinyemo.errors import DataError
+from tinyemo.images import UnreadableImageError, read_pixels
 from tinyemo.vision import (
     WEIGHTS_MARK,
-    UnreadableImageError,
     VisionEncoder,
     describe_encoder,
     load_encoder,
-    read_pixels,
 )
 
 TINY = {

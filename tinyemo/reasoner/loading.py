@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tinyemo.embedding_tables import open_tokenizer
 from tinyemo.errors import DataError
 from tinyemo.families import FAMILY
 from tinyemo.reasoner.config import LANGUAGE_MODELS, ReasonerConfig
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.presets import text_preset, vision_preset
 from tinyemo.reasoner.towers import VisionTower
+from tinyemo.tokenizer_files import open_tokenizer
 from tinyemo.vision import WEIGHTS_MARK, describe_encoder, load_network, read_vision_config
 
 logger = logging.getLogger(__name__)

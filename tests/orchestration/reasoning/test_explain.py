@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestration.instruct.oasis import OasisRules, Photograph, build_records
 from orchestration.reasoning.explain import ANSWER, REQUEST, Explainer, reasoning_question
+from tinyemo.config import ProjectorConfig
 from tinyemo.encoders import EncoderInfo, card_entries
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.label_embeddings import LabelEmbeddings
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 from tinyemo.reasoner.config import ReasonerConfig
 from tinyemo.reasoner.model import Reasoner
 

@@ -219,6 +219,7 @@ SEARCH = """
 num_workers = 1
 [data]
 validation_fraction = 0.2
+num_readers = 1
 [train]
 num_epochs = 2
 [search]

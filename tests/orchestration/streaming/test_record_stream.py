@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from record_files import record, write_records
 from orchestration import storage
 from orchestration.assets.catalogue import get_asset
 from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
-from orchestration.streaming.record_batches import RecordBatch, open_chat_tokenizer
+from orchestration.streaming.record_batches import RecordBatch
+from orchestration.streaming.record_forms import open_chat_tokenizer
 from orchestration.streaming.record_sets import open_record_set, read_records
 from orchestration.streaming.record_stream import (
     RecordPlan,
@@ -26,11 +29,11 @@ from orchestration.streaming.record_stream import (
     plan_records,
 )
 from tinyemo.conversation import IGNORED, IMAGE_TOKEN_ID
-from tinyemo.embedding_tables import open_tokenizer
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, DataError, StorageError, TrainingError
+from tinyemo.images import read_pixels
 from tinyemo.packing import micro_batches, pack
-from tinyemo.vision import read_pixels
+from tinyemo.tokenizer_files import open_tokenizer
 
 NUM_RECORDS = 131
 BATCH = 12
@@ -341,3 +344,17 @@ def test_a_ledger_shows_what_was_lost_and_doubled(dataset: str, s3_root: str) ->
     assert (doubled.num_lost, doubled.num_doubled, doubled.num_wrong_steps) == (1, 1, 1)
     with pytest.raises(DataError, match="has no ledger"):
         read_ledger(f"{s3_root}/nothing")
+
+
+# What a task costs
+
+
+def test_a_task_that_reads_images_needs_no_torch() -> None:
+    code = """
+import sys
+import orchestration.streaming.feature_stream, orchestration.streaming.record_stream
+print(sorted({"torch", "mlflow", "transformers"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert result.stdout == "[]\n", result.stderr

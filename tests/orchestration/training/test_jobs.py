@@ -33,6 +33,8 @@ zero_stage = 3
 precision = "fp32"
 """
 FAMILY = """
+[data]
+num_readers = 1
 [projector]
 dropout = 0.0
 [train]
@@ -43,6 +45,7 @@ precision = "fp32"
 sizes = ["smollm2-135m", "tinyemo-700m"]
 random_weights = true
 registered_name = "jobs-projector"
+overrides = { tinyemo-700m = ["workers.num_workers=1"] }
 """
 
 AT_ONCE_S = 60.0
@@ -229,7 +232,7 @@ def test_a_disturbed_run_has_the_losses_of_an_undisturbed_one(
 
 @pytest.fixture(scope="module")
 def family(jobs: Jobs) -> list[dict[str, Any]]:
-    """Two sizes, two workers each."""
+    """Two sizes, the second with one worker in place of two."""
     results: list[dict[str, Any]] = jobs.run("family", jobs.recipe("pair", FAMILY), "--json").document
     return results
 
@@ -260,6 +263,7 @@ def test_a_family_has_a_parent_children_and_a_champion(
         assert child.info.status == "FINISHED"
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.tags["llm_weights"] == result["llm_weights"]
+        assert child.data.tags["num_workers"] == ("2" if result["llm"] == "smollm2-135m" else "1")
     champion = "models:/jobs-projector@champion"
     document = jobs.run("evaluate", "--projector", champion, "--features", test_parquet, "--json").document
     (chosen,) = [result for result in family if result["llm"] == parent.data.tags["champion"]]

@@ -18,6 +18,8 @@ CLOSED = "127.0.0.1:9"
 GIVE_UP_S = 90.0
 """A hang, not a timing: clients alone would retry for minutes."""
 SHORT = """
+[data]
+num_readers = 1
 [train]
 num_epochs = 2
 [checkpoint]
@@ -82,12 +84,12 @@ def test_a_corrupt_shard_is_named_and_fails_the_run(jobs: Jobs) -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(jobs: Jobs) -> None:
     recipe = jobs.recipe("diverging", SHORT + "[optimizer]\nmax_lr = 1e30\n")
-    outcome = jobs.run("train", recipe)
+    outcome = jobs.run("train", recipe, *ALONE)
     assert "train/loss is nan at step 1; this rank's samples: " in outcome.error
     assert "\n" not in outcome.error
     assert "attempt failed" not in outcome.stderr
     ids = outcome.error.split("samples: ")[1].split(". Lower")[0].split(", ")
-    assert len(set(ids)) == 16
+    assert len(set(ids)) == 32
     with jobs.connected():
         assert not storage.exists("s3://tinyemo/runs/diverging/select/latest.json")
     (run,) = jobs.mlflow_runs("diverging")

@@ -17,8 +17,8 @@ from orchestration.vision.encode_parts import NOTES, encode_part, forget_notes, 
 from orchestration.vision.encoder_sources import open_choice
 from orchestration.vision.image_plan import Part, plan_images, read_image_columns
 from tinyemo.errors import DataError
+from tinyemo.images import read_pixels
 from tinyemo.taxonomies import label_id
-from tinyemo.vision import read_pixels
 
 
 def test_a_part_holds_the_encoders_own_numbers(s3_root: str, tiny_clip: Path) -> None:

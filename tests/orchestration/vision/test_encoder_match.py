@@ -18,11 +18,12 @@ from orchestration.datasets.ingest import ingest_features
 from orchestration.datasets.manifest import FeatureManifest, load_manifest
 from orchestration.recipe import parse_recipe
 from orchestration.training.prepare import prepare
+from tinyemo.config import ProjectorConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.encoders import EncoderInfo, card_entries, parquet_metadata
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.label_embeddings import embed_labels, known_words
-from tinyemo.projector import MetricProjector, ProjectorConfig
+from tinyemo.projector import MetricProjector
 
 
 def test_ingested_features_keep_the_encoder_that_their_files_name(s3_root: str, tmp_path: Path) -> None:

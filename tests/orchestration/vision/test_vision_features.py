@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from job_runner import Jobs
 from record_files import drawn_picture, write_records
-from vision_files import CLIP_WIDTH, EKMAN, job_for, photograph, photographed, read_table, with_image
+from vision_files import CLIP_WIDTH, EKMAN, photograph, photographed, read_table, with_image
 
 from orchestration import storage
 from orchestration.datasets.manifest import (
@@ -28,10 +28,9 @@ from orchestration.datasets.manifest import (
     read_index,
     verify_manifest,
 )
-from orchestration.vision.encode_parts import NOTES, PoolConfig, encode_part, read_notes
-from orchestration.vision.encoder_sources import EncoderChoice, choose_encoder, describe_choice, open_choice
+from orchestration.vision.encode_parts import NOTES, PoolConfig, read_notes
+from orchestration.vision.encoder_sources import EncoderChoice, choose_encoder, describe_choice
 from orchestration.vision.features import _count_actors, _gpus_per_actor, make_features
-from orchestration.vision.image_plan import plan_images, read_image_columns
 from orchestration.vision.stored_features import read_stored_features
 from tinyemo.encoders import EFFICIENTNET_LITE0
 from tinyemo.errors import AssetError, ConfigError, DataError
@@ -141,25 +140,6 @@ def test_the_result_is_a_feature_data_set_with_patches(cluster: str, s3_root: st
     )  # fmt: skip
     assert other.manifest.version != manifest.version
     assert (other.manifest.patches, other.manifest.patch_grid) == ([], None)
-
-
-def test_only_missing_parts_are_computed(cluster: str, s3_root: str, tiny_clip: Path) -> None:
-    source = write_records(s3_root, photographed(12))
-    choice = choose_encoder(str(tiny_clip))
-    whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4, pool=ONE).manifest
-    # As a run leaves it that was killed after its second part.
-    uri = f"{s3_root}/part/{whole.version}"
-    parts = plan_images(read_image_columns(source), 4).parts
-    job = job_for(source, tiny_clip, uri, pool=PoolConfig(), run="killed")
-    encoder = open_choice(choice, job.spec, "cpu")
-    for part in parts[:2]:
-        encode_part(job, encoder, part)
-    before = {address: modified(address) for address in storage.list_prefix(uri) if NOTES not in address}
-    report = make_features(source.uri, choice, name="part", root=s3_root, images_per_part=4, pool=ONE)
-    assert (report.num_parts, report.num_resumed) == (3, 2)
-    assert {address: modified(address) for address in before} == before
-    assert report.manifest.digest == whole.digest
-    assert [shard.sha256 for shard in report.manifest.files()] == [shard.sha256 for shard in whole.files()]
 
 
 def modified(uri: str) -> tuple[Any, str]:
@@ -281,6 +261,7 @@ def test_features_train_a_projector_that_names_their_encoder(jobs: Jobs, tiny_cl
     text = f"""
 [data]
 dataset = "s3://tinyemo/datasets/plain-clip"
+num_readers = 1
 [projector]
 encoder = "tiny-clip"
 encoder_width = {CLIP_WIDTH}
