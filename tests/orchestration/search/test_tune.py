@@ -225,6 +225,7 @@ num_epochs = 2
 [search]
 num_trials = 12
 num_startup_trials = 4
+max_concurrent = 1
 num_finalists = 2
 finalist_seeds = 1
 winner_seeds = 1
