@@ -32,19 +32,21 @@ num_epochs = 3
 zero_stage = 3
 precision = "fp32"
 """
-FAMILY = f"""
-{EXACT}
+FAMILY = """
 [data]
 num_readers = 1
-[workers]
-num_workers = 1
+[projector]
+dropout = 0.0
+[train]
+num_epochs = 2
+[engine]
+precision = "fp32"
 [family]
 sizes = ["smollm2-135m", "tinyemo-700m"]
 random_weights = true
 registered_name = "jobs-projector"
-overrides = {{ smollm2-135m = ["labels.llm_weights=random"] }}
+overrides = { tinyemo-700m = ["workers.num_workers=1"] }
 """
-"""Of one worker, over the random label embeddings that every job here has by default."""
 
 AT_ONCE_S = 60.0
 """A hang, not a timing: to train again would take longer."""
@@ -230,22 +232,22 @@ def test_a_disturbed_run_has_the_losses_of_an_undisturbed_one(
 
 @pytest.fixture(scope="module")
 def family(jobs: Jobs) -> list[dict[str, Any]]:
-    """Two sizes."""
+    """Two sizes, the second with one worker in place of two."""
     results: list[dict[str, Any]] = jobs.run("family", jobs.recipe("pair", FAMILY), "--json").document
     return results
 
 
-def test_losses_agree_at_world_sizes_one_and_two(
-    jobs: Jobs, undisturbed: FinishedRun, family: list[dict[str, Any]]
-) -> None:
-    """With dropout, whose mask spans ranks as batch statistics do; an engine's tests have it off, too."""
-    one, two = jobs.curve("pair-smollm2-135m"), jobs.curve("undisturbed")
+def test_losses_agree_at_world_sizes_one_and_two(jobs: Jobs, family: list[dict[str, Any]]) -> None:
+    labels = f'[labels]\nllm_weights = "{family[0]["llm_weights"]}"\n'
+    alone = jobs.recipe("alone", f"{FAMILY}{labels}")
+    result = jobs.run("train", alone, "--set", "workers.num_workers=1", "--json").document[0]
+    one, two = jobs.curve("alone"), jobs.curve("pair-smollm2-135m")
     assert list(one) == list(two)
     assert len(one) >= 50
     worst = max(abs(one[step] - two[step]) for step in range(50))
     print(f"worst difference of 50 losses: {worst}")
     assert worst < 1e-4
-    assert family[0]["num_test"] == undisturbed.result["num_test"]
+    assert result["num_test"] == family[0]["num_test"]
 
 
 def test_a_family_has_a_parent_children_and_a_champion(
@@ -261,7 +263,7 @@ def test_a_family_has_a_parent_children_and_a_champion(
         assert child.info.status == "FINISHED"
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.tags["llm_weights"] == result["llm_weights"]
-        assert child.data.tags["num_workers"] == "1"
+        assert child.data.tags["num_workers"] == ("2" if result["llm"] == "smollm2-135m" else "1")
     champion = "models:/jobs-projector@champion"
     document = jobs.run("evaluate", "--projector", champion, "--features", test_parquet, "--json").document
     (chosen,) = [result for result in family if result["llm"] == parent.data.tags["champion"]]
