@@ -153,7 +153,9 @@ def test_a_run_that_lost_a_rank_has_the_losses_of_a_plain_loop(
     """An engine's tests restart adapters with dropout, at every stage of ZeRO, bit for bit."""
     found, expected = list(jobs.curve(RUN, "pretrain").values()), plain_losses(jobs, recipe)
     assert len(found) == len(jobs.curve(RUN, "finetune")) == NUM_RECORDS["train"] // 8
-    assert found == pytest.approx(expected, abs=1e-4)
+    worst = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
+    print(f"worst difference of {len(expected)} losses: {worst}")
+    assert worst <= 1e-5
     assert max(expected) - min(expected) > 0.1
 
 
