@@ -66,10 +66,11 @@ def speed_recipe(trains: str, *, checkpoints: bool = False) -> Recipe:
 
 def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     """(tokens/s of each window's steps but the first's, share of the run that waited for data), by the real loop."""
-    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.phase_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.weights import describe_sources
+    from orchestration.reasoning.sources import describe_sources
 
     connect()
     plan = prepare_reasoning(recipe, describe_sources(recipe))
@@ -88,8 +89,8 @@ def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
 def store_batches(recipe: Recipe, folder: Path) -> None:
     """The run's micro-batches as each rank of the job gets them, for the twin."""
     from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.reasoning.sources import describe_sources
     from orchestration.reasoning.steps import Inputs
-    from orchestration.reasoning.weights import describe_sources
     from orchestration.streaming.epoch_plan import Window
     from orchestration.streaming.ordered_stream import from_ipc
     from orchestration.streaming.record_batches import collate
@@ -174,10 +175,11 @@ def measure_curves() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()  # before Ray is imported, which reads its token then
-    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.phase_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.weights import describe_sources
+    from orchestration.reasoning.sources import describe_sources
 
     connect()
     losses: dict[str, list[float]] = {}

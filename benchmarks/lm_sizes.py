@@ -75,10 +75,11 @@ def peak_use() -> Iterator[dict[str, int]]:
 
 def measure_size(size: str) -> dict[str, Any]:
     """Seconds a step, bytes a rank by kind, peak memory and, on a GPU, tokens/s and MFU."""
-    from orchestration.fit import ReportCallback, connect, read_curve, run_phase
+    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.phase_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.weights import describe_sources
+    from orchestration.reasoning.sources import describe_sources
 
     recipe = size_recipe(size)
     connect()

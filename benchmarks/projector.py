@@ -30,7 +30,7 @@ import torch
 import torch.multiprocessing
 
 if TYPE_CHECKING:
-    from orchestration.training.train import TrainResult
+    from orchestration.training.result import TrainResult
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 

@@ -34,7 +34,7 @@ def measure_resume() -> dict[str, Any]:
     """Kill every worker behind NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
     from orchestration import storage
-    from orchestration.fit import read_state
+    from orchestration.phase_state import read_state
     from orchestration.recipe import load_recipe
     from orchestration.streaming.ledger import check_ledger, read_ledger
     from orchestration.streaming.prepare import prepare_records
@@ -138,7 +138,7 @@ def kill_workers(ray_pid: int) -> None:
 
 def state_step(folder: str) -> int:
     """Steps in the newest checkpoint of a reading."""
-    from orchestration.fit import read_state
+    from orchestration.phase_state import read_state
 
     state = read_state(f"{folder}/read")
     return 0 if state is None else state.step
@@ -147,7 +147,7 @@ def state_step(folder: str) -> int:
 def measure_wait() -> dict[str, Any]:
     """Share of the time that rank 0 waited for a batch, in two real jobs."""
     from benchmarks.lm import run_job, speed_recipe
-    from orchestration.fit import read_curve
+    from orchestration.phase_state import read_curve
     from orchestration.recipe import load_recipe
     from orchestration.training.train import train
 

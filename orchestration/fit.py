@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,6 +25,7 @@ from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
+from orchestration.phase_state import Curve, PhaseState, read_state
 from orchestration.streaming.ordered_stream import configure_ray_data
 from orchestration.tracking import RunLogger
 from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
@@ -68,42 +69,6 @@ def _require_open_port(address: str) -> None:
         raise PlatformError(
             f"no Ray cluster answers at {address} ({error}): start one with `tinyemo platform up` or set RAY_ADDRESS"
         ) from error
-
-
-@dataclass(frozen=True)
-class PhaseState:
-    """What `latest.json` says.
-
-    Attributes:
-        folder: S3 folder of the phase.
-        checkpoint: S3 folder.
-        step: optimizer steps done in it.
-        metrics: of the newest report; the final one holds the test confusion.
-    """
-
-    folder: str
-    checkpoint: str
-    step: int
-    is_final: bool
-    metrics: dict[str, Any]
-
-
-def read_state(folder: str) -> PhaseState | None:
-    """The newest complete checkpoint of the phase in an S3 folder, or None."""
-    uri = f"{folder}/latest.json"
-    return PhaseState(**storage.read_json(uri)) if storage.exists(uri) else None
-
-
-Curve = list[tuple[int, dict[str, float]]]
-
-
-def read_curve(folder: str) -> Curve:
-    """(step, metrics) of every report of a phase, in the order of steps, each step once."""
-    points: dict[int, dict[str, float]] = {}
-    for uri in sorted(storage.list_prefix(f"{folder}/curve/")):
-        for step, metrics in storage.read_json(uri):
-            points.setdefault(step, {}).update(metrics)
-    return sorted(points.items())
 
 
 class ReportCallback(UserCallback):

@@ -14,11 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyemo.encoder_folders import EFFICIENTNET_WIDTH
 from tinyemo.errors import DataError
-
-WIDTH = 1280
-STRIDE = 32
-"""Pixels of the image that one cell of the last grid stands for, in each direction."""
 
 STAGES = (
     # repeats, kernel, stride of the first, expansion, channels
@@ -86,7 +83,7 @@ class EfficientNetLite0(nn.Module):
                 first_stride = stride if number == 0 else 1
                 layers.append(_Block(width, channels, kernel=kernel, stride=first_stride, expansion=expansion))
                 width = channels
-        self.layers = nn.Sequential(*layers, *_conv(width, WIDTH, 1), nn.ReLU6())
+        self.layers = nn.Sequential(*layers, *_conv(width, EFFICIENTNET_WIDTH, 1), nn.ReLU6())
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) float -> (B, 1280, S / 32, S / 32), between 0 and 6."""

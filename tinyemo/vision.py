@@ -15,42 +15,18 @@ Shape letters: B batch, S side of an image in pixels, P patches, D patch width, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyemo.efficientnet import STRIDE, WIDTH, EfficientNetLite0
-from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
+from tinyemo.efficientnet import EfficientNetLite0
+from tinyemo.encoder_folders import describe_encoder, first_line
+from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderSpec
 from tinyemo.errors import DataError
-
-EFFICIENTNET_PREPROCESSING = Preprocessing(
-    resize="shortest_edge",
-    size=224,
-    crop=224,
-    interpolation="bicubic",
-    # TensorFlow's (x - 127) / 128, with which it was trained. The package's own example says ImageNet's mean and
-    # deviation: the published classifier is then less sure of itself (mean top probability of 82 OASIS photographs 0.34
-    # instead of 0.41).
-    mean=(127 / 255, 127 / 255, 127 / 255),
-    std=(128 / 255, 128 / 255, 128 / 255),
-)
-
-WEIGHTS_MARK = "tinyemo_weights"
-"""Key of a model's config.json: "random" where it was never trained."""
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-_KINDS = {
-    "clip": "clip",
-    "clip_vision_model": "clip",
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-    "dinov2": "dinov2",
-}
 
 
 @dataclass(frozen=True)
@@ -96,47 +72,6 @@ def run_network(kind: str, network: nn.Module, values: Tensor) -> Features:
     return Features(pooled, patches if kind == "siglip" else patches[:, 1:])
 
 
-def describe_encoder(folder: Path, *, name: str, revision: str | None = None) -> EncoderSpec:
-    """What the encoder in a folder is and yields, read from its configuration; its weights are not loaded.
-
-    Args:
-        folder: of EfficientNet-Lite0's asset, or a model that transformers wrote.
-        name: to be known by.
-        revision: of its weights; None takes the sha256 of the folder's weights and configuration.
-
-    Raises:
-        DataError: the folder holds no encoder that we know, or says too little about it.
-    """
-    if (folder / EFFICIENTNET_FILE).is_file():
-        return _describe_efficientnet(name, revision or _folder_revision(folder), "real")
-    config = _read_config(folder / "config.json")
-    kind = _KINDS.get(str(config.get("model_type")))
-    if kind is None:
-        raise DataError(
-            f"{folder} holds a model of type {config.get('model_type')!r}: encoders are {', '.join(sorted(_KINDS))}"
-        )
-    vision = read_vision_config(folder)
-    preprocessing = _read_preprocessing(folder)
-    if kind != "dinov2" and preprocessing.crop != vision.image_size:
-        raise DataError(
-            f"{folder}: its preprocessing yields {preprocessing.crop} pixels and its network takes {vision.image_size}"
-        )
-    side = preprocessing.crop // vision.patch_size
-    return EncoderSpec(
-        info=EncoderInfo(
-            name=name,
-            revision=revision or _folder_revision(folder),
-            preprocessing=preprocessing.digest(),
-            weights="random" if config.get(WEIGHTS_MARK) == "random" else "real",
-        ),
-        kind=kind,
-        preprocessing=preprocessing,
-        feature_width=vision.projection_dim if kind == "clip" else vision.hidden_size,
-        patch_grid=(side, side),
-        patch_width=vision.hidden_size,
-    )
-
-
 def load_encoder(folder: Path, spec: EncoderSpec, device: torch.device | str = "cpu") -> VisionEncoder:
     """The encoder in a folder, ready to run.
 
@@ -172,24 +107,6 @@ def build_network(kind: str, config: Any) -> nn.Module:
     return network
 
 
-def describe_random_efficientnet() -> EncoderSpec:
-    """EfficientNet-Lite0 that was never trained."""
-    return _describe_efficientnet(EFFICIENTNET_LITE0, "random", "random")
-
-
-def _describe_efficientnet(name: str, revision: str, weights: Literal["real", "random"]) -> EncoderSpec:
-    preprocessing = EFFICIENTNET_PREPROCESSING
-    side = preprocessing.crop // STRIDE
-    return EncoderSpec(
-        info=EncoderInfo(name=name, revision=revision, preprocessing=preprocessing.digest(), weights=weights),
-        kind="efficientnet-lite0",
-        preprocessing=preprocessing,
-        feature_width=WIDTH,
-        patch_grid=(side, side),
-        patch_width=WIDTH,
-    )
-
-
 def _load_efficientnet(folder: Path) -> nn.Module:
     network = EfficientNetLite0()
     try:
@@ -214,79 +131,9 @@ def _load_tower(folder: Path, kind: str) -> nn.Module:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder} holds no {kind} tower that can be loaded: {_first_line(error)}") from error
+        raise DataError(f"{folder} holds no {kind} tower that can be loaded: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers fills these with noise and only warns
         raise DataError(f"{folder} lacks {len(missing)} weights of its {kind} tower, the first is {missing[0]}")
     assert isinstance(network, nn.Module)
     return network
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path.parent} holds no vision encoder: {path.name} cannot be read") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path.parent} holds no vision encoder: {path.name} is no JSON object")
-    return config
-
-
-def read_vision_config(folder: Path) -> Any:
-    """transformers' configuration of the vision tower, also where it is a part of a model of images and texts."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder}: config.json cannot be used: {_first_line(error)}") from error
-    return getattr(config, "vision_config", config)
-
-
-def _read_preprocessing(folder: Path) -> Preprocessing:
-    """The folder's own preprocessing, through transformers, which knows the older forms of that file.
-
-    Raises:
-        DataError: it is missing, or does more than scaling, cropping and normalising.
-    """
-    from transformers import AutoImageProcessor
-
-    try:
-        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder} does not say how images are prepared: {_first_line(error)}") from error
-    if not (found.do_resize and found.do_rescale and found.do_normalize) or abs(found.rescale_factor * 255 - 1) > 1e-6:
-        raise DataError(f"{folder}: an encoder must scale images, bring them to [0, 1] and normalise them")
-    is_exact = found.size.shortest_edge is None
-    size = found.size.height if is_exact else found.size.shortest_edge
-    crop = found.crop_size.height if found.do_center_crop else size
-    is_square = not is_exact or found.size.height == found.size.width
-    is_square &= not found.do_center_crop or found.crop_size.height == found.crop_size.width
-    if not size or not crop or not is_square or crop > size or not (is_exact or found.do_center_crop):
-        raise DataError(f"{folder}: its preprocessing does not end in a square of one size")
-    if int(found.resample) not in _RESAMPLING:
-        raise DataError(f"{folder}: resample is {found.resample}: known are {_RESAMPLING}")
-    return Preprocessing.model_validate(
-        {
-            "resize": "exact" if is_exact else "shortest_edge",
-            "size": size,
-            "crop": crop,
-            "interpolation": _RESAMPLING[int(found.resample)],
-            "mean": tuple(found.image_mean),
-            "std": tuple(found.image_std),
-        }
-    )
-
-
-def _folder_revision(folder: Path) -> str:
-    """sha256 over the names and bytes of a folder's configuration and weights."""
-    digest = hashlib.sha256()
-    files = sorted(path for pattern in ("config.json", "*.safetensors", "*.pth") for path in folder.glob(pattern))
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
-    return f"sha256-{digest.hexdigest()}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

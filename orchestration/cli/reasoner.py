@@ -11,8 +11,8 @@ import typer
 from orchestration.cli.train import show_facts, stoppable
 
 if TYPE_CHECKING:
-    from orchestration.fit import PhaseState
-    from orchestration.reasoning.job import ReasonerResult
+    from orchestration.phase_state import PhaseState
+    from orchestration.reasoning.result import ReasonerResult
     from orchestration.recipe import Recipe
 
 
@@ -21,10 +21,10 @@ def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         show_facts(recipe, _plan_facts(recipe), as_json)
         return
-    from orchestration.reasoning import job
+    from orchestration.reasoning.train import train_reasoner
 
     with stoppable():
-        result = job.train_reasoner(recipe, on_report=None if as_json else _show_report)
+        result = train_reasoner(recipe, on_report=None if as_json else _show_report)
     _show_result(result, as_json)
 
 
@@ -53,7 +53,7 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
 def _plan_facts(recipe: Recipe) -> dict[str, Any]:
     """What is known of a run before anything starts."""
     from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.weights import describe_sources
+    from orchestration.reasoning.sources import describe_sources
 
     sources = describe_sources(recipe)
     plan = prepare_reasoning(recipe, sources)
@@ -79,17 +79,13 @@ def _show_report(stage: str, state: PhaseState) -> None:
 
 
 def _show_result(result: ReasonerResult, as_json: bool) -> None:
-    from orchestration.reasoning.export import WARNINGS, evaluation_lines
+    from orchestration.reasoning.model_card import evaluation_lines, warnings_of
 
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=1))
         return
-    for name in ("llm_weights", "vision_weights"):
-        if getattr(result, name) == "random":
-            typer.echo(WARNINGS[name])
-    for kind in result.answers.split(","):
-        if kind in WARNINGS:
-            typer.echo(WARNINGS[kind])
+    for text in warnings_of(result):
+        typer.echo(text)
     for name, stage in result.stages.items():
         validation = "-" if stage["val_loss"] is None else f"{stage['val_loss']:.4f}"
         typer.echo(

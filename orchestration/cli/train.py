@@ -15,9 +15,9 @@ from cluster.environment import load_platform_environment
 from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
-    from orchestration.fit import PhaseState
+    from orchestration.phase_state import PhaseState
     from orchestration.recipe import Recipe
-    from orchestration.training.train import TrainResult
+    from orchestration.training.result import TrainResult
 
 
 def train(
@@ -142,7 +142,7 @@ def _show_results(results: list[TrainResult], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from orchestration.training.train import notes
+    from orchestration.training.result import notes
 
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=1))

@@ -16,7 +16,7 @@ from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orchestration.fit import PhaseState
+    from orchestration.phase_state import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.search.records import TrialRecord
     from orchestration.search.tune import OnTrial, TuneResult

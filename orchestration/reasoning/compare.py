@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from orchestration import storage
-from orchestration.fit import read_state
+from orchestration.phase_state import read_state
 from orchestration.reasoning.paired import PairedTest, mean_by_group, paired_test
 from tinyemo.errors import DataError, TrainingError
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from orchestration import tracking
 from orchestration.claims import finish_family, is_finished_family
-from orchestration.fit import read_curve
+from orchestration.phase_state import read_curve
 from orchestration.plots import SizeRow, plot_sizes
-from orchestration.reasoning.job import OnReport, ReasonerResult, train_reasoner
+from orchestration.reasoning.result import OnReport, ReasonerResult
+from orchestration.reasoning.train import train_reasoner
 from orchestration.recipe import Recipe, parse_size
 from tinyemo.errors import AssetError
 from tinyemo.families import FAMILY

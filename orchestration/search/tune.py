@@ -27,7 +27,8 @@ from orchestration.search.run import objectives, run_trials
 from orchestration.search.tracking import open_trial_log
 from orchestration.search.trial import SearchData, read_search_data, trial_recipe
 from orchestration.training.prepare import Preparation, prepare
-from orchestration.training.train import OnReport, TrainResult, train
+from orchestration.training.result import OnReport, TrainResult
+from orchestration.training.train import train
 from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from orchestration.assets.labels import label_embeddings
 from orchestration.claims import finish_family, is_finished_family
 from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_size, to_toml
-from orchestration.training.train import OnReport, TrainResult, notes, train
+from orchestration.training.result import OnReport, TrainResult, notes
+from orchestration.training.train import train
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 

@@ -12,13 +12,14 @@ from safetensors.torch import load as load_safetensors
 from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
 from orchestration.claims import write_claim
-from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, run_phase
+from orchestration.fit import ReportCallback, connect, run_phase
+from orchestration.phase_state import PhaseState, read_curve
 from orchestration.plots import plot_confusion, plot_curves
 from orchestration.recipe import to_toml
 from orchestration.streaming.feature_stream import StreamPlan
 from orchestration.training.loop import BEST_WEIGHTS, TrainJob, train_loop_per_worker
 from orchestration.training.prepare import Preparation
-from orchestration.training.train import OnReport, TrainResult, notes
+from orchestration.training.result import OnReport, TrainResult, notes
 from tinyemo.encoders import UNKNOWN, card_entries
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import scores_from_confusion

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from orchestration import storage, tracking
 from orchestration.claims import read_claim
 from orchestration.recipe import Recipe
 from orchestration.training.prepare import prepare
-
-if TYPE_CHECKING:
-    from orchestration.fit import PhaseState
+from orchestration.training.result import OnReport, TrainResult
 
 logger = logging.getLogger(__name__)
-
-OnReport = Callable[[str, "PhaseState"], None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run says of itself.
-
-    Attributes:
-        test_confusion: (C, C) counts in the order of `words`; rows are true labels.
-        samples_per_s: of the last epoch, optimizer steps alone.
-    """
-
-    name: str
-    run_id: str
-    run_url: str
-    llm: str
-    llm_weights: str
-    hidden_size: int
-    data: str
-    num_train: int
-    num_validation: int
-    num_test: int
-    best_epoch: int
-    val_top1_accuracy: float | None
-    test_top1_accuracy: float
-    test_confusion: list[list[int]]
-    words: list[str]
-    samples_per_s: float
-    encoder_weights: str = "real"
 
 
 def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnReport | None = None) -> TrainResult:
@@ -66,15 +31,3 @@ def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnRepo
     from orchestration.training.run import run_training
 
     return run_training(preparation, claim, folder, parent_run_id=parent_run_id, on_report=on_report)
-
-
-def notes(result: TrainResult) -> str:
-    """What every table and plot must say of a result beside its figures; empty where weights and data are real."""
-    said = []
-    if result.llm_weights == "random":
-        said.append("random LLM weights")
-    if result.encoder_weights == "random":
-        said.append("random vision encoder")
-    if result.data == "generated":
-        said.append("generated data")
-    return ", ".join(said)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestration.assets.catalogue import get_asset
+from tinyemo.encoder_folders import describe_encoder
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec
 from tinyemo.errors import AssetError, ConfigError
 
@@ -55,8 +56,6 @@ def describe_choice(choice: EncoderChoice) -> EncoderSpec:
         AssetError: no source of its files answers.
         DataError: they hold no encoder that we know.
     """
-    from tinyemo.vision import describe_encoder
-
     folder = fetch(choice, CONFIG_FILES)
     return describe_encoder(folder, name=_public_name(choice), revision=choice.revision)
 

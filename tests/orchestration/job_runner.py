@@ -20,7 +20,7 @@ import pytest
 
 from orchestration import storage
 from orchestration.datasets.manifest import FeatureManifest, load_manifest
-from orchestration.fit import Curve, PhaseState, read_curve, read_state
+from orchestration.phase_state import Curve, PhaseState, read_curve, read_state
 
 DEADLINE_S = 400.0
 POLL_S = 0.2

@@ -38,6 +38,10 @@ print("imported:", *sorted(set({HEAVY!r}) & set(sys.modules)))
         ["train", "emotion6", "--set", "data.dataset=nowhere"],
         ["family", "family", "--dry-run"],
         ["stream", "oasis-stream", "--dry-run"],
+        ["train", "reasoning-offline"],
+        ["train", "reasoning-offline", "--dry-run"],
+        ["family", "reasoning-family"],
+        ["compare", "one", "another"],
     ],
     ids=" ".join,
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinyemo.efficientnet import EfficientNetLite0
+from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder
 from tinyemo.encoders import (
     EFFICIENTNET_FILE,
     EFFICIENTNET_LITE0,
@@ -31,12 +32,7 @@ from tinyemo.encoders import (
 )
 from tinyemo.errors import DataError
 from tinyemo.images import UnreadableImageError, read_pixels
-from tinyemo.vision import (
-    WEIGHTS_MARK,
-    VisionEncoder,
-    describe_encoder,
-    load_encoder,
-)
+from tinyemo.vision import VisionEncoder, load_encoder
 
 TINY = {
     "hidden_size": 32,

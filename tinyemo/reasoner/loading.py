@@ -15,23 +15,18 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder, read_vision_config
 from tinyemo.errors import DataError
 from tinyemo.families import FAMILY
 from tinyemo.reasoner.config import LANGUAGE_MODELS, ReasonerConfig
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.presets import text_preset, vision_preset
+from tinyemo.reasoner.sources import Source, find_gguf, is_random, preset_name
 from tinyemo.reasoner.towers import VisionTower
 from tinyemo.tokenizer_files import open_tokenizer
-from tinyemo.vision import WEIGHTS_MARK, describe_encoder, load_network, read_vision_config
+from tinyemo.vision import load_network
 
 logger = logging.getLogger(__name__)
-
-RANDOM = "random:"
-"""What a source of random weights begins with; a preset's name follows."""
-GGUF_SUFFIX = ".gguf"
-
-Source = Path | str
-"""A folder, a GGUF file, or `random:<preset>`."""
 
 
 def build_reasoner(
@@ -70,7 +65,7 @@ def build_reasoner(
         torch.manual_seed(seed)
         language_model, llm_weights = load_language_model(llm_source, dtype)
         if is_random(vision_source):
-            spec, vision_config = vision_preset(_preset_name(vision_source))
+            spec, vision_config = vision_preset(preset_name(vision_source))
             tower = None
         else:
             folder = Path(vision_source)
@@ -101,7 +96,7 @@ def load_language_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedM
         DataError: no language model that we know, or one that lacks weights.
     """
     if is_random(source):
-        model = AutoModelForCausalLM.from_config(text_preset(_preset_name(source)), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(text_preset(preset_name(source)), dtype=dtype)
         return model, "random"
     path = Path(source)
     gguf = find_gguf(path)
@@ -110,21 +105,6 @@ def load_language_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedM
     config = _read_config(path)
     model = _load_pretrained(path, dtype)
     return model, "random" if config.get(WEIGHTS_MARK) == "random" else "real"
-
-
-def is_random(source: Source) -> bool:
-    """Whether a source stands for random weights."""
-    return isinstance(source, str) and source.startswith(RANDOM)
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its folder holds in place of a Hugging Face model; None where neither."""
-    if path.is_file():
-        return path
-    found = [] if (path / "config.json").is_file() else sorted(path.glob(f"*{GGUF_SUFFIX}"))
-    if len(found) > 1:
-        raise DataError(f"{path} holds {len(found)} GGUF files: name one")
-    return found[0] if found else None
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -190,11 +170,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _preset_name(source: Source) -> str:
-    return str(source).removeprefix(RANDOM)
-
-
 def _language_model_name(source: Source) -> str:
     if is_random(source):
-        return FAMILY[_preset_name(source)].llm
+        return FAMILY[preset_name(source)].llm
     return Path(source).stem

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, PhiConfig, PreTrainedConfig
 
+from tinyemo.encoder_folders import describe_random_efficientnet
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
 from tinyemo.errors import ConfigError
 from tinyemo.families import find_size
 from tinyemo.reasoner.config import ReasonerConfig
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.openelm import OpenELMConfig
-from tinyemo.vision import describe_random_efficientnet
 
 CLIP_VIT_L14 = "clip-vit-large-patch14"
 _CLIP_PREPROCESSING = Preprocessing(

@@ -11,7 +11,7 @@ from tiny_reasoners import text_config
 from transformers import AutoModelForCausalLM
 
 from orchestration import storage
-from orchestration.reasoning.weights import describe_sources, fetch_llm
+from orchestration.reasoning.sources import describe_sources, fetch_llm
 from orchestration.recipe import Recipe, parse_recipe
 from tinyemo.errors import AssetError, ConfigError, StorageError
 from tinyemo.reasoner.loading import load_language_model

@@ -25,13 +25,15 @@ from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict
 from orchestration.assets.catalogue import find_asset, get_asset
 from tinyemo.efficientnet import EfficientNetLite0
 from tinyemo.embedding_tables import open_gguf_table
+from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder
 from tinyemo.encoders import EFFICIENTNET_FILE
 from tinyemo.errors import ConfigError, DataError
-from tinyemo.reasoner.loading import build_reasoner, dequantise_gguf, find_gguf, load_language_model
+from tinyemo.reasoner.loading import build_reasoner, dequantise_gguf, load_language_model
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.presets import text_preset
+from tinyemo.reasoner.sources import find_gguf
 from tinyemo.tokenizer_files import open_tokenizer
-from tinyemo.vision import WEIGHTS_MARK, describe_encoder, load_encoder
+from tinyemo.vision import load_encoder
 
 # SmolLM2's real weights
 

@@ -1,4 +1,4 @@
-"""The reasoning model's driver: check, plan, train stage after stage, evaluate once, export, record."""
+"""The reasoning model's driver: train stage after stage, evaluate once, export, record."""
 
 from __future__ import annotations
 
@@ -6,94 +6,45 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestration import storage, tracking
-from orchestration.claims import read_claim, write_claim
-from orchestration.fit import PhaseState, ReportCallback, connect, read_curve, read_state, run_phase
+from orchestration.claims import write_claim
+from orchestration.fit import ReportCallback, connect, run_phase
+from orchestration.phase_state import PhaseState, read_curve, read_state
 from orchestration.reasoning.evaluate import EvaluateJob, evaluate_loop_per_worker, summarise
 from orchestration.reasoning.export import export_model
 from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
-from orchestration.reasoning.prepare import ReasoningPlan, prepare_reasoning
-from orchestration.reasoning.weights import Sources, describe_sources
+from orchestration.reasoning.prepare import ReasoningPlan
+from orchestration.reasoning.result import OnReport, ReasonerResult, StageResult
+from orchestration.reasoning.sources import Sources
 from orchestration.recipe import Recipe, to_toml
 from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-OnReport = Callable[[str, PhaseState], None]
 
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a finished stage says of itself.
-
-    Attributes:
-        run_id: its MLflow run, a child of the recipe's.
-        checkpoint: S3 folder of what it trained.
-        num_steps: optimizer steps.
-        first_loss: nats a token, of the first step.
-        last_loss: nats a token, mean over the last tenth of the steps.
-        val_loss: nats a token, after the last step; None without a validation split.
-        tokens_per_s: of the last report, over all ranks.
-        duration_s: wall clock in this call, waiting for workers included; 0 where it was finished before.
-    """
-
-    run_id: str
-    checkpoint: str
-    num_steps: int
-    first_loss: float
-    last_loss: float
-    val_loss: float | None
-    tokens_per_s: float
-    duration_s: float
-
-
-@dataclass(frozen=True)
-class ReasonerResult:
-    """What a finished run says of itself.
-
-    Attributes:
-        model: S3 folder of the exported model.
-        answers: "templates" where the data's manifest says so, else "real" or "generated".
-        evaluation: see `orchestration.reasoning.evaluate.Evaluation`; None without a test split.
-    """
-
-    name: str
-    run_id: str
-    run_url: str
-    model: str
-    llm: str
-    llm_weights: str
-    vision_tower: str
-    vision_weights: str
-    answers: str
-    stages: dict[str, dict[str, Any]]
-    evaluation: dict[str, Any] | None
-    duration_s: float
-
-
-def train_reasoner(
-    recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnReport | None = None
+def run_stages(
+    plan: ReasoningPlan,
+    sources: Sources,
+    claim: str | None,
+    folder: str,
+    *,
+    parent_run_id: str | None = None,
+    on_report: OnReport | None = None,
 ) -> ReasonerResult:
-    """Train every stage of a recipe, from where an earlier call of the same name and recipe left it.
+    """Run what `prepare_reasoning` found, from where an earlier call left it.
+
+    Args:
+        claim: the MLflow run that holds the name, None where the name is free.
+        folder: of the run in S3.
 
     Raises:
-        TrainingError: a run of this name exists with another recipe or other data, or training failed.
-        TinyEmoError: see `prepare_reasoning`, and what the servers say.
+        TinyEmoError: see `orchestration.reasoning.train.train_reasoner`.
     """
-    began_at = time.monotonic()
-    sources = describe_sources(recipe)
-    plan = prepare_reasoning(recipe, sources)
-    folder = f"{recipe.checkpoint.root}/{recipe.name}"
-    claimed = read_claim(folder, recipe, plan.data_digests())
-    if claimed is not None and storage.exists(f"{folder}/result.json"):
-        logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
-        return ReasonerResult(**storage.read_json(f"{folder}/result.json"))
-    tracking.require_server()
+    recipe, began_at = plan.recipe, time.monotonic()
     connect()
     with tracking.open_run(
         recipe.experiment,
@@ -101,9 +52,9 @@ def train_reasoner(
         params=recipe.model_dump(mode="json"),
         tags={"kind": "reasoner", **_tags(recipe, plan, sources)},
         parent_run_id=parent_run_id,
-        resume_run_id=claimed,
+        resume_run_id=claim,
     ) as run:
-        if claimed is None:
+        if claim is None:
             write_claim(folder, recipe, plan.data_digests(), run.run_id)
         _log_inputs(run, plan)
         stages: dict[str, StageResult] = {}

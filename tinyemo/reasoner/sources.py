@@ -1,0 +1,34 @@
+"""How a part of a reasoning model is named: a preset at random, a GGUF file or a folder. Nothing here is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinyemo.errors import DataError
+
+RANDOM = "random:"
+"""What a source of random weights begins with; a preset's name follows."""
+GGUF_SUFFIX = ".gguf"
+
+Source = Path | str
+"""A folder, a GGUF file, or `random:<preset>`."""
+
+
+def is_random(source: Source) -> bool:
+    """Whether a source stands for random weights."""
+    return isinstance(source, str) and source.startswith(RANDOM)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that its folder holds in place of a Hugging Face model; None where neither."""
+    if path.is_file():
+        return path
+    found = [] if (path / "config.json").is_file() else sorted(path.glob(f"*{GGUF_SUFFIX}"))
+    if len(found) > 1:
+        raise DataError(f"{path} holds {len(found)} GGUF files: name one")
+    return found[0] if found else None
+
+
+def preset_name(source: Source) -> str:
+    """Of a source that `is_random`."""
+    return str(source).removeprefix(RANDOM)
