@@ -124,8 +124,8 @@ def run_search(overrides: list[str]) -> tuple[Any, Any, dict[str, Any]]:
 def time_jobs(recipe: Any) -> dict[str, Any]:
     """Seconds of one `tinyemo train` job for each of the first finished trials."""
     from orchestration.recipe import to_toml
-    from orchestration.search.records import rank_trials, read_records
-    from orchestration.search.trial import SEEN, trial_recipe
+    from orchestration.search.records import SEEN, rank_trials, read_records
+    from orchestration.search.trial_recipes import trial_recipe
 
     trials = rank_trials(read_records(f"{recipe.checkpoint.root}/{recipe.name}"), SEEN)[:NUM_JOBS]
     seconds = []
@@ -148,7 +148,8 @@ def published_schedule() -> dict[str, Any]:
     """Test top-1 of the published losses, 5 epochs over the whole train split, in memory (equal to `tinyemo train`)."""
     from orchestration.assets.labels import label_embeddings
     from orchestration.recipe import load_recipe
-    from orchestration.search.trial import FoldTraining, read_search_data, shared_rows, trial_recipe
+    from orchestration.search.trial import FoldTraining, read_search_data, shared_rows
+    from orchestration.search.trial_recipes import trial_recipe
     from orchestration.training.prepare import prepare
 
     torch.set_num_threads(1)

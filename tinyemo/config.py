@@ -70,6 +70,10 @@ class LabelConfig(Section):
         return value
 
 
+PUBLISHED_TEMPERATURES = {"nt_xent": 0.07, "info_nce": 0.1, "prototype": 0.07}
+"""By loss; prototype's is ours."""
+
+
 class LossConfig(Section):
     """Which loss trains the projector."""
 

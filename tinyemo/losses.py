@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyemo.config import LossConfig
+from tinyemo.config import PUBLISHED_TEMPERATURES, LossConfig
 from tinyemo.distributed import at_least_float32
-
-PUBLISHED_TEMPERATURES = {"nt_xent": 0.07, "info_nce": 0.1, "prototype": 0.07}
-"""By loss; prototype's is ours."""
 
 
 def cosine_embedding(image_embeds: Tensor, text_embeds: Tensor, *, margin: float = 0.5) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orchestration.phase_state import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.search.records import TrialRecord
-    from orchestration.search.tune import OnTrial, TuneResult
+    from orchestration.search.result import OnTrial, TuneResult
 
 NUM_TRIALS_SHOWN = 12
 
@@ -51,7 +51,8 @@ def tune(
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.search.check import check_search, first_point
+    from orchestration.search.check import check_search
+    from orchestration.search.trial_recipes import first_point
     from orchestration.training.prepare import prepare
 
     preparation = prepare(recipe)
@@ -99,13 +100,13 @@ def _progress(recipe: Recipe, *, is_quiet: bool) -> Iterator[OnTrial | None]:
 
 
 def _best(records: list[TrialRecord]) -> float:
-    from orchestration.search.trial import SEEN
+    from orchestration.search.records import SEEN
 
     return max((record.value(SEEN) for record in records if record.ended == "finished"), default=0.0)
 
 
 def _line(records: list[TrialRecord], recipe: Recipe) -> str:
-    from orchestration.search.trial import SEEN
+    from orchestration.search.records import SEEN
 
     record = records[-1]
     ended = f"{record.ended} after {len(record.curve)} epochs" + (f": {record.error}" if record.error else "")
@@ -118,7 +119,7 @@ def _line(records: list[TrialRecord], recipe: Recipe) -> str:
 def _table(records: list[TrialRecord], recipe: Recipe) -> Table:
     from rich.table import Table
 
-    from orchestration.search.trial import SEEN
+    from orchestration.search.records import SEEN
 
     title = f"{recipe.name}: {len(records)} of {recipe.search.num_trials} trials, best val top-1 {_best(records):.4f}"
     table = Table(title=title)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from orchestration.recipe import Recipe
 from orchestration.search.space import Distribution
-from orchestration.search.trial import trial_recipe
+from orchestration.search.trial_recipes import trial_recipe
 from orchestration.training.prepare import Preparation
 from tinyemo.errors import ConfigError
-from tinyemo.losses import PUBLISHED_TEMPERATURES
 
 
 def check_search(preparation: Preparation) -> None:
@@ -59,19 +56,3 @@ def _value_problems(recipe: Recipe, knob: str, distribution: Distribution) -> li
         except ConfigError as error:
             problems += [f"search.space.{line.strip()}" for line in str(error).splitlines()[1:]]
     return problems[:3]
-
-
-def first_point(recipe: Recipe) -> dict[str, Any] | None:
-    """The recipe's own values as the first trial, so that a search never ends below where it starts; None where the
-    space does not hold them."""
-    content = recipe.model_dump(mode="json")
-    content["loss"]["temperature"] = recipe.loss.temperature or PUBLISHED_TEMPERATURES.get(recipe.loss.name, 0.07)
-    content["projector"]["hidden_width"] = recipe.projector.hidden_width or recipe.projector.hidden_size
-    point = {}
-    for knob, distribution in recipe.search.knobs().items():
-        section, field = knob.split(".")
-        value = content[section][field]
-        if not distribution.holds(value):
-            return None
-        point[knob] = value
-    return point

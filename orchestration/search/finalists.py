@@ -14,8 +14,9 @@ import ray
 
 from orchestration import storage
 from orchestration.recipe import Recipe
-from orchestration.search.records import TrialRecord
-from orchestration.search.trial import SEEN, PackedTrial, SearchData, trial_recipe
+from orchestration.search.records import SEEN, TrialRecord
+from orchestration.search.trial import PackedTrial, SearchData
+from orchestration.search.trial_recipes import trial_recipe
 
 
 @dataclass(frozen=True)

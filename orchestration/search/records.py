@@ -10,6 +10,10 @@ from orchestration import storage
 Ended = Literal["finished", "stopped", "failed"]
 
 
+SEEN, ZERO_SHOT = "val/top1_accuracy", "zero_shot/top1_accuracy"
+"""What trials are judged by."""
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A trial that ended.

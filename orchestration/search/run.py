@@ -21,9 +21,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.recipe import Recipe
-from orchestration.search.records import TrialRecord
+from orchestration.search.records import SEEN, ZERO_SHOT, TrialRecord
 from orchestration.search.space import SearchConfig
-from orchestration.search.trial import SEEN, ZERO_SHOT, PackedTrial, SearchData, trial_recipe
+from orchestration.search.trial import PackedTrial, SearchData
+from orchestration.search.trial_recipes import trial_recipe
 from tinyemo.errors import ConfigError, TinyEmoError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from torch import Tensor
 from orchestration.datasets.manifest import FeatureManifest
 from orchestration.datasets.split import SplitRows, carve_validation
 from orchestration.engine import build_optimizer, build_schedule
-from orchestration.recipe import Recipe, parse_recipe
+from orchestration.recipe import Recipe
+from orchestration.search.records import SEEN, ZERO_SHOT
 from orchestration.streaming.feature_stream import features_array, read_rows
 from orchestration.streaming.sampling import SampleOrder, TrainPlan
 from orchestration.training.loop import build_projector, objective_of
@@ -29,7 +30,6 @@ from orchestration.training.prepare import Preparation
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 
-SEEN, ZERO_SHOT = "val/top1_accuracy", "zero_shot/top1_accuracy"
 REPORTED_TEMPERATURE = 0.07
 """Of `val/cross_entropy`, as in `tinyemo train`."""
 
@@ -105,22 +105,6 @@ def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) ->
         label_vectors={item.template: item.vectors.numpy() for item in labels},
         label_names=names,
     )
-
-
-def trial_recipe(recipe: Recipe, params: dict[str, Any], *, name: str | None = None, seed: int | None = None) -> Recipe:
-    """The recipe with a trial's values, that `tinyemo train` takes as it is; it searches nothing itself.
-
-    Raises:
-        ConfigError: the values do not go together.
-    """
-    content = recipe.model_dump(mode="json", exclude={"search"})
-    for knob, value in params.items():
-        section, field = knob.split(".")
-        content[section][field] = value
-    if seed is not None:
-        content["train"]["seed"] = seed
-    content["name"] = name or recipe.name
-    return parse_recipe(content, source=f"trial of {recipe.name}")
 
 
 class FoldTraining:

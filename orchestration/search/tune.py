@@ -1,79 +1,18 @@
-"""The search's driver: check, run the trials, try the best again, train the winner, test it once, record.
-
-Whatever is done stands in S3 under the search's name, so the same command goes on where a killed one stopped.
-"""
+"""A search: what is asked for is checked first, then run, or its result shown where it is finished."""
 
 from __future__ import annotations
 
 import logging
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from orchestration import storage, tracking
-from orchestration.assets.labels import label_embeddings
-from orchestration.claims import read_claim, write_claim
-from orchestration.fit import connect
-from orchestration.recipe import Recipe, to_toml
-from orchestration.search.check import check_search, first_point
-from orchestration.search.finalists import Finalist, judge_finalists
-from orchestration.search.plots import plot_best_so_far, plot_parallel_coordinates
-from orchestration.search.records import TrialRecord, pareto_front, rank_trials, read_records, write_record
-from orchestration.search.run import objectives, run_trials
-from orchestration.search.tracking import open_trial_log
-from orchestration.search.trial import SearchData, read_search_data, trial_recipe
-from orchestration.training.prepare import Preparation, prepare
-from orchestration.training.result import OnReport, TrainResult
-from orchestration.training.train import train
-from tinyemo.errors import TrainingError
+from orchestration.claims import read_claim
+from orchestration.recipe import Recipe
+from orchestration.search.check import check_search
+from orchestration.search.result import OnTrial, TuneResult
+from orchestration.training.prepare import prepare
+from orchestration.training.result import OnReport
 
 logger = logging.getLogger(__name__)
-
-OnTrial = Callable[[list[TrialRecord]], None]
-"""Called with all records, the newest last."""
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a finished search says of itself.
-
-    Attributes:
-        num_finished, num_stopped, num_failed: trials by how they ended; stopped is by ASHA.
-        search_s: seconds from the first trial's start to the last one's end, over all starts of the search, without
-            the pauses between them.
-        params: the winner's value by knob.
-        winner_trial: its number.
-        val_top1_accuracy: of the winner, over all folds and seeds that the search did not use; without finalists its
-            value in the search, which is too high for having been the best of many.
-        finalists: those that were tried again, best first.
-        front: numbers of the trials on the Pareto front, of a search with two objectives.
-        winner_recipe: S3 address of the TOML that `tinyemo train` takes as it is.
-        winners: what `tinyemo train` says of it, a seed each.
-        test_top1_mean, test_top1_se: over the seeds, standard error of the mean; 0 with one seed.
-    """
-
-    name: str
-    run_id: str
-    run_url: str
-    num_finished: int
-    num_stopped: int
-    num_failed: int
-    search_s: float
-    params: dict[str, Any]
-    winner_trial: int
-    val_top1_accuracy: float
-    finalists: list[dict[str, Any]]
-    front: list[int]
-    winner_recipe: str
-    winners: list[dict[str, Any]]
-    test_top1_mean: float
-    test_top1_se: float
-    num_test: int
-    registered_version: str
 
 
 def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport | None = None) -> TuneResult:
@@ -92,179 +31,7 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return TuneResult(**storage.read_json(f"{folder}/result.json"))
     tracking.require_server()
-    data = _read_data(preparation)
-    connect()
-    with tracking.open_run(
-        recipe.experiment,
-        recipe.name,
-        params=recipe.model_dump(mode="json", exclude={"search": {"space"}}) | {"space": _space_texts(recipe)},
-        tags={"kind": "search", "data": preparation.manifest.data, "data.digest": preparation.manifest.digest},
-        resume_run_id=claim,
-    ) as run:
-        if claim is None:
-            write_claim(folder, recipe, preparation.data_digests(), run.run_id)
-        records, search_s = _search(recipe, data, folder, run, on_trial)
-        _log_search(recipe, run, records)
-        winner, finalists = _choose(recipe, data, folder, records)
-        results, version, winner_uri = _train_winner(recipe, folder, run, winner, on_report)
-        accuracies = [r.test_top1_accuracy for r in results]
-        ends = [record.ended for record in records]
-        tuned = TuneResult(
-            name=recipe.name,
-            run_id=run.run_id,
-            run_url=run.url,
-            num_finished=ends.count("finished"),
-            num_stopped=ends.count("stopped"),
-            num_failed=ends.count("failed"),
-            search_s=search_s,
-            params=winner.params,
-            winner_trial=winner.number,
-            val_top1_accuracy=finalists[0].mean if finalists else winner.value(objectives(recipe.search)[0]),
-            finalists=[asdict(finalist) for finalist in finalists],
-            front=[record.number for record in _candidates(recipe, records)] if len(_metrics(recipe)) > 1 else [],
-            winner_recipe=winner_uri,
-            winners=[asdict(r) for r in results],
-            test_top1_mean=statistics.fmean(accuracies),
-            test_top1_se=statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0,
-            num_test=results[0].num_test,
-            registered_version=version,
-        )
-        run.log_metrics({"test/top1_accuracy": tuned.test_top1_mean, "test/top1_accuracy_se": tuned.test_top1_se})
-        storage.write_json(f"{folder}/result.json", asdict(tuned))
-    return tuned
+    # Torch and Ray take seconds to import: what is wrong with a search or its data has been said by now.
+    from orchestration.search.driver import run_search
 
-
-def _metrics(recipe: Recipe) -> list[str]:
-    return objectives(recipe.search)
-
-
-def _space_texts(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The space for MLflow: what is None is left out."""
-    return {knob: item.model_dump(mode="json", exclude_defaults=True) for knob, item in recipe.search.knobs().items()}
-
-
-def _read_data(preparation: Preparation) -> SearchData:
-    """Everything a trial reads, with the label embeddings of every template that the space holds."""
-    recipe = preparation.recipe
-    knob = recipe.search.knobs().get("labels.template")
-    templates = [str(value) for value in knob.examples()] if knob else [recipe.labels.template]
-    configs = [recipe.labels.model_copy(update={"template": template}) for template in templates]
-    return read_search_data(preparation, [label_embeddings(config) for config in configs])
-
-
-def _search(
-    recipe: Recipe, data: SearchData, folder: str, run: tracking.RunHandle, on_trial: OnTrial | None
-) -> tuple[list[TrialRecord], float]:
-    """Every trial's record, and the seconds that they took over all starts."""
-    records = read_records(folder)
-    if records:
-        logger.warning("%s goes on after %d trials", recipe.name, len(records))
-    with open_trial_log(run, recipe.name, records) as log:
-
-        def end(record: TrialRecord) -> None:
-            write_record(folder, record)
-            records.append(record)
-            log.put(record)
-            if on_trial is not None:
-                on_trial(records)
-
-        started_at, before_s = time.time(), _spent_s(folder)
-        try:
-            run_trials(recipe, data, records, first_point(recipe), end)
-        finally:
-            search_s = before_s + time.time() - started_at
-            storage.write_json(f"{folder}/spent.json", {"search_s": search_s})
-    return records, search_s
-
-
-def _spent_s(folder: str) -> float:
-    uri = f"{folder}/spent.json"
-    return float(storage.read_json(uri)["search_s"]) if storage.exists(uri) else 0.0
-
-
-def _candidates(recipe: Recipe, records: list[TrialRecord]) -> list[TrialRecord]:
-    """Finished trials, best first; with two objectives those of the Pareto front alone."""
-    metrics = _metrics(recipe)
-    return rank_trials(records, metrics[0]) if len(metrics) == 1 else pareto_front(records, metrics)
-
-
-def _choose(
-    recipe: Recipe, data: SearchData, folder: str, records: list[TrialRecord]
-) -> tuple[TrialRecord, list[Finalist]]:
-    """The winner, by validation alone, and the finalists it was chosen from.
-
-    Raises:
-        TrainingError: no trial finished.
-    """
-    candidates = _candidates(recipe, records)
-    if not candidates:
-        errors = sorted({record.error for record in records if record.error})
-        raise TrainingError(
-            f"none of {len(records)} trials of {recipe.name} finished ({'; '.join(errors[:2]) or 'all were stopped'}): "
-            "narrow search.space or raise search.reduction_factor, under another name"
-        )
-    chosen = candidates[: recipe.search.num_finalists]
-    # The recipe's own values are judged beside them, however far ASHA let them come: a search must not end below them.
-    own = first_point(recipe)
-    chosen += [record for record in records if record.params == own and record not in chosen and not record.error][:1]
-    finalists = judge_finalists(recipe, data, folder, chosen)
-    by_number = {record.number: record for record in chosen}
-    return (by_number[finalists[0].trial] if finalists else candidates[0]), finalists
-
-
-def _log_search(recipe: Recipe, run: tracking.RunHandle, records: list[TrialRecord]) -> None:
-    metric = _metrics(recipe)[0]
-    with tempfile.TemporaryDirectory() as name:
-        here = Path(name)
-        (here / "search.toml").write_text(to_toml(recipe))
-        plot_best_so_far(records, metric, here / "best_so_far.png", f"{recipe.name}: {len(records)} trials")
-        knobs = recipe.search.knobs()
-        plot_parallel_coordinates(records, knobs, metric, here / "parallel_coordinates.png", recipe.name)
-        run.log_artifact(here / "search.toml")
-        for plot in ("best_so_far.png", "parallel_coordinates.png"):
-            run.log_artifact(here / plot, "plots")
-    best = rank_trials(records, metric)
-    ends = [record.ended for record in records]
-    run.log_metrics({f"search/{ended}": ends.count(ended) for ended in ("finished", "stopped", "failed")})
-    if best:
-        run.log_metrics({f"best/{metric.removeprefix('val/')}": best[0].value(metric)})
-
-
-def winner_recipe(recipe: Recipe, winner: TrialRecord) -> Recipe:
-    """What `tinyemo train` takes to train the winner.
-
-    With train.refit it trains on train and validation for as many epochs as the search judged trials by, so nothing is
-    left to choose an epoch by; without it, as any recipe that keeps validation rows.
-    """
-    params = dict(winner.params)
-    if recipe.train.refit:
-        params |= {"data.validation_fraction": 0.0, "train.refit": False}
-    return trial_recipe(recipe, params, name=f"{recipe.name}-winner")
-
-
-def _train_winner(
-    recipe: Recipe, folder: str, run: tracking.RunHandle, winner: TrialRecord, on_report: OnReport | None
-) -> tuple[list[TrainResult], str, str]:
-    """Runs of `tinyemo train` by seed, the registered version, and where the recipe lies."""
-    chosen = winner_recipe(recipe, winner)
-    uri = f"{folder}/winner.toml"
-    storage.write_bytes(uri, to_toml(chosen).encode())
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "winner.toml"
-        path.write_text(to_toml(chosen))
-        run.log_artifact(path)
-    results = []
-    for offset in range(recipe.search.winner_seeds):
-        seed = chosen.train.seed + offset
-        seeded = trial_recipe(chosen, {}, name=f"{chosen.name}-seed{seed}", seed=seed)
-        results.append(train(seeded, parent_run_id=run.run_id, on_report=on_report))
-    best = max(results, key=lambda result: result.val_top1_accuracy or 0.0)
-    version = tracking.register_projector(
-        best.run_id,
-        "projector",
-        recipe.search.registered_name,
-        tags={"search": recipe.name, "recipe": uri, "chosen_by": "val/top1_accuracy", "data": best.data,
-              "llm": best.llm, "llm_weights": best.llm_weights},
-    )  # fmt: skip
-    run.set_tags({"winner.trial": str(winner.number), "winner.version": version})
-    return results, version, uri
+    return run_search(preparation, claim, folder, on_trial=on_trial, on_report=on_report)

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestration import storage
-from orchestration.fit import ReportCallback, connect, run_phase
 from orchestration.recipe import Recipe
 from orchestration.streaming.epoch_plan import shuffle_quality
 from orchestration.streaming.ledger import LedgerCheck, check_ledger, read_ledger
-from orchestration.streaming.loop import StreamJob, stream_loop_per_worker
 from orchestration.streaming.prepare import prepare_records
 from orchestration.streaming.record_stream import RecordPlan
 from tinyemo.errors import TrainingError
@@ -62,6 +60,10 @@ def read_stream(recipe: Recipe, *, has_ledger: bool = False, on_step: OnStep | N
     if storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return StreamResult(**storage.read_json(f"{folder}/result.json"))
+    # Torch and Ray take seconds to import: what is wrong with a recipe or its records has been said by now.
+    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.streaming.loop import StreamJob, stream_loop_per_worker
+
     connect()
     job = StreamJob(recipe, plan, folder, has_ledger)
     watch = (lambda state: on_step(state.step, plan.num_steps)) if on_step else None

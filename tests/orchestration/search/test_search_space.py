@@ -8,9 +8,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from orchestration.recipe import Recipe, load_recipe, parse_recipe, to_toml
-from orchestration.search.check import first_point
 from orchestration.search.space import KNOBS, Distribution
-from orchestration.search.trial import trial_recipe
+from orchestration.search.trial_recipes import first_point, trial_recipe
 from tinyemo.errors import ConfigError
 
 

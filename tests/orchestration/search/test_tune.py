@@ -22,10 +22,18 @@ from job_runner import RUNS, Jobs
 
 from orchestration.engine import build_engine
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
-from orchestration.search.check import first_point
-from orchestration.search.records import TrialRecord, pareto_front, rank_trials, read_records, write_record
+from orchestration.search.records import (
+    SEEN,
+    ZERO_SHOT,
+    TrialRecord,
+    pareto_front,
+    rank_trials,
+    read_records,
+    write_record,
+)
 from orchestration.search.run import RecordEnds, _scheduler, _searcher
-from orchestration.search.trial import SEEN, ZERO_SHOT, FoldTraining, PackedTrial, SearchData, SharedRows
+from orchestration.search.trial import FoldTraining, PackedTrial, SearchData, SharedRows
+from orchestration.search.trial_recipes import first_point
 from orchestration.streaming.feature_stream import Batch
 from orchestration.training.loop import build_projector, objective_of, take_step
 from tinyemo.errors import TrainingError
