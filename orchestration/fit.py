@@ -25,7 +25,7 @@ from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
-from orchestration.phase_state import Curve, PhaseState, read_state
+from orchestration.phase_state import Curve, PhaseState, read_curve, read_state
 from orchestration.streaming.ordered_stream import configure_ray_data
 from orchestration.tracking import RunLogger
 from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
@@ -96,11 +96,22 @@ class ReportCallback(UserCallback):
         state = PhaseState(self.folder, f"s3://{checkpoint.path}", step, is_final, report)
         storage.write_json(f"{self.folder}/latest.json", asdict(state))
         if self.run_logger is not None:
-            renamed = [(s, {k.replace("train/", f"{self.prefix}/"): v for k, v in point.items()}) for s, point in curve]
             try:
-                self.run_logger.log_curve(renamed)
+                self.run_logger.log_curve(self._renamed(curve))
             except PlatformError as error:
-                logger.warning("this part of the curve is not in MLflow: %s", error)
+                logger.warning("this part of the curve is not in MLflow before the phase's end: %s", error)
+
+    def complete(self) -> None:
+        """Called by the driver once the phase has ended: what MLflow did not take while it ran is sent again.
+
+        Raises:
+            PlatformError: MLflow does not answer; the same call later makes up for it.
+        """
+        if self.run_logger is not None:
+            self.run_logger.complete_curve(self._renamed(read_curve(self.folder)))
+
+    def _renamed(self, curve: Curve) -> Curve:
+        return [(step, {k.replace("train/", f"{self.prefix}/"): v for k, v in row.items()}) for step, row in curve]
 
 
 if TYPE_CHECKING:
@@ -125,12 +136,14 @@ def run_phase(
 
     Raises:
         TrainingError: workers were lost more than workers.max_failures times, or the run cannot go on.
+        PlatformError: MLflow does not answer at the phase's end; the same call then goes on from there.
         TinyEmoError: what a worker raised and no retry would mend.
     """
     failures, folder = 0, callback.folder
     while True:
         state = read_state(folder)
         if state is not None and state.is_final:
+            callback.complete()
             return state
         if state is not None:
             logger.warning("going on from step %d of %s", state.step, folder)

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from orchestration.interruption import held_signals, sigterm_interrupts
 from orchestration.provenance import git_state, identity_tags
-from orchestration.tracking_server import one_line, public_address, require_server, set_client_defaults
+from orchestration.tracking_server import answers, one_line, public_address, require_server, set_client_defaults
 from tinyemo.errors import AssetError, ConfigError, PlatformError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,15 @@ class RunLogger:
             metrics = [Metric(key, float(value), now_ms, step) for step, row in points for key, value in row.items()]
             for first in range(0, len(metrics), METRICS_PER_REQUEST):
                 client.log_batch(self.run_id, metrics=metrics[first : first + METRICS_PER_REQUEST])
+
+    def complete_curve(self, points: Points) -> None:
+        """Log what of a curve the run does not have yet: parts of it were logged while the server was away."""
+        with open_client("read a curve") as client:
+            keys = {key for _, row in points for key in row}
+            steps = {key: {entry.step for entry in client.get_metric_history(self.run_id, key)} for key in keys}
+        missing = [(step, {key: row[key] for key in row if step not in steps[key]}) for step, row in points]
+        if any(row for _, row in missing):
+            self.log_curve(missing)
 
 
 @dataclass(frozen=True)
@@ -309,7 +318,8 @@ def open_client(action: str) -> Iterator[Any]:
     try:
         yield client
     except (MlflowException, OSError) as error:
-        raise PlatformError(f"MLflow at {public_address(uri)} failed to {action}: {one_line(error)}") from error
+        said = f"MLflow at {public_address(uri)} failed to {action}: {one_line(error)}"
+        raise PlatformError(said + ("" if answers(uri) else "; give the same command again once it answers")) from error
 
 
 @lru_cache(maxsize=4)

@@ -53,6 +53,17 @@ def require_server() -> str:
     return uri
 
 
+def answers(uri: str) -> bool:
+    """Whether anything answers at `uri` within seconds, whatever it says."""
+    try:
+        urllib.request.urlopen(f"{public_address(uri)}/health", timeout=HEALTH_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def set_client_defaults() -> None:
     """Set what MLflow's client reads from the environment; call it before MLflow is imported."""
     for variable, value in CLIENT_DEFAULTS.items():
