@@ -25,12 +25,23 @@ Engine = Any
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without MLflow: it would import that for its autotuner alone, most of a second in every worker."""
+    """DeepSpeed without what it would import for nothing, two seconds in every worker.
+
+    That is MLflow, for its autotuner, and torch's compiler, for the kernels of an optimizer that we do not use (Muon):
+    where that were used in this process, it would run uncompiled.
+    """
     is_free = "mlflow" not in sys.modules
     if is_free:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # "import mlflow" fails, which DeepSpeed expects
     try:
         import deepspeed
+        from deepspeed.runtime import compiler
+
+        compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+        try:
+            import deepspeed.runtime.zero.muon.original_muon
+        finally:
+            compiler.compile = compile_
     finally:
         if is_free:
             del sys.modules["mlflow"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -18,7 +18,7 @@ from orchestration.streaming.feature_stream import DataConfig
 from orchestration.streaming.record_stream import RecordsConfig
 from orchestration.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section
-from tinyemo.errors import ConfigError
+from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 
 
@@ -195,6 +195,29 @@ def parse_size(recipe: Recipe, size: str, content: dict[str, Any]) -> Recipe:
     found = lay_over(content, recipe.family.overrides.get(size, ()), Recipe)
     problems = [f"family.overrides.{size}: {problem.removeprefix('--set ')}" for problem in found]
     return parse_recipe(content, source=f"{recipe.name}, size {size}", problems=problems)
+
+
+def recipes_of_sizes(recipe: Recipe, of_size: Callable[[Recipe, str], Recipe]) -> list[Recipe]:
+    """A recipe for each size of a family; what is wrong with any of them comes at once.
+
+    Args:
+        of_size: makes the recipe of one size.
+
+    Raises:
+        AssetError, ConfigError: what `of_size` raised; a ConfigError with all of it where several sizes cannot run.
+    """
+    children, errors = [], []
+    for size in recipe.family.sizes:
+        try:
+            children.append(of_size(recipe, size))
+        except (AssetError, ConfigError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        said = "\n".join(f"  {line}" for error in errors for line in str(error).splitlines())
+        raise ConfigError(f"{recipe.name}: {len(errors)} of {len(recipe.family.sizes)} sizes cannot run:\n{said}")
+    return children
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -8,7 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OWNERS = {
     "deepspeed": {"orchestration/engine.py"},
-    "mlflow": {"orchestration/tracking.py", "orchestration/tracking_server.py", "orchestration/search/tracking.py"},
+    "mlflow": {
+        "orchestration/tracking.py",
+        "orchestration/tracking_client.py",
+        "orchestration/tracking_server.py",
+        "orchestration/search/tracking.py",
+    },
     "boto3": {"orchestration/storage.py"},
     "botocore": {"orchestration/storage.py"},
 }

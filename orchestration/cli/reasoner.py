@@ -13,7 +13,7 @@ from orchestration.cli.train import show_facts, stoppable
 if TYPE_CHECKING:
     from orchestration.phase_state import PhaseState
     from orchestration.reasoning.result import ReasonerResult
-    from orchestration.recipe import Recipe
+    from orchestration.recipe import Recipe, recipes_of_sizes
 
 
 def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
@@ -33,7 +33,7 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
     from orchestration.reasoning.family import recipe_for_size, train_reasoner_family
 
     if dry_run:
-        planned = [(child, _plan_facts(child)) for child in (recipe_for_size(recipe, s) for s in recipe.family.sizes)]
+        planned = [(child, _plan_facts(child)) for child in recipes_of_sizes(recipe, recipe_for_size)]
         if as_json:
             found = [facts | {"recipe": child.model_dump(mode="json")} for child, facts in planned]
             typer.echo(json.dumps(found, indent=1))

@@ -15,7 +15,7 @@ from orchestration.phase_state import read_curve
 from orchestration.plots import SizeRow, plot_sizes
 from orchestration.reasoning.result import OnReport, ReasonerResult
 from orchestration.reasoning.train import train_reasoner
-from orchestration.recipe import Recipe, parse_size
+from orchestration.recipe import Recipe, parse_size, recipes_of_sizes
 from tinyemo.errors import AssetError
 from tinyemo.families import FAMILY
 
@@ -71,7 +71,7 @@ def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) 
         AssetError: a size has no weights, see `recipe_for_size`; nothing was started.
         TinyEmoError: see `train_reasoner`.
     """
-    children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
+    children = recipes_of_sizes(recipe, recipe_for_size)
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
     if is_finished_family(done, recipe):
         return [train_reasoner(child) for child in children]  # finished: each returns its result as it stands

@@ -10,7 +10,7 @@ from orchestration import tracking
 from orchestration.assets.labels import label_embeddings
 from orchestration.claims import finish_family, is_finished_family
 from orchestration.plots import FamilyRow, plot_family
-from orchestration.recipe import Recipe, parse_size, to_toml
+from orchestration.recipe import Recipe, parse_size, recipes_of_sizes, to_toml
 from orchestration.training.result import OnReport, TrainResult, notes
 from orchestration.training.train import train
 from tinyemo.errors import AssetError, ConfigError
@@ -57,7 +57,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
     """
     if not recipe.data.validation_fraction:
         raise ConfigError("data.validation_fraction: a family needs validation rows to choose its champion by")
-    children = [recipe_for_size(recipe, size) for size in recipe.family.sizes]
+    children = recipes_of_sizes(recipe, recipe_for_size)
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
     if is_finished_family(done, recipe):
         return [train(child) for child in children]  # finished: each returns its result as it stands

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import tracking
+from orchestration import tracking, tracking_client
 from orchestration.tracking import RunLogger, download_artifacts, require_server
 from tinyemo.errors import ConfigError, PlatformError
 
@@ -55,7 +55,7 @@ def test_a_stranger_on_the_port_is_no_mlflow(monkeypatch):
 def test_the_limits_are_mlflows():
     from mlflow.utils import validation
 
-    assert tracking.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
+    assert tracking_client.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
     assert tracking.TEXTS_PER_REQUEST == validation.MAX_PARAMS_TAGS_PER_BATCH
     assert tracking.PARAM_CHARACTERS == validation.MAX_PARAM_VAL_LENGTH
     assert tracking.TAG_CHARACTERS == validation.MAX_TAG_VAL_LENGTH

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestration.reasoning.config import PUBLISHED, StageConfig
 from orchestration.reasoning.family import recipe_for_size
-from orchestration.recipe import load_recipe, parse_recipe
+from orchestration.recipe import FamilyConfig, load_recipe, parse_recipe, recipes_of_sizes
 from tinyemo.errors import AssetError, ConfigError
 
 
@@ -136,3 +136,20 @@ def test_what_is_wrong_with_a_sizes_overrides_comes_at_once() -> None:
     assert "family.overrides.smollm2-135m: train.seed: needs the form key=value" in said
     assert "records.tokeniser" in said
     assert "stages.pretrain.num_steps" in said
+
+
+def test_what_is_wrong_with_several_sizes_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINYEMO_MIRROR", raising=False)
+    overrides = {"smollm2-135m": ["records.tokeniser=a", "train.seed"]}
+    family = {"sizes": ["smollm2-135m", "tinyemo-700m"], "overrides": overrides}
+    chosen = parse_recipe({"name": "sizes", "stages": {"pretrain": {}}, "family": family}, source="test")
+    with pytest.raises(ConfigError) as caught:
+        recipes_of_sizes(chosen, recipe_for_size)
+    first, *others = str(caught.value).splitlines()
+    assert first == "sizes: 2 of 2 sizes cannot run:"
+    assert all(line.startswith("  ") for line in others)
+    said = "\n".join(others)
+    for expected in ("records.tokeniser", "train.seed: needs the form", "no source of the weights of tinyemo-700m"):
+        assert expected in said
+    with pytest.raises(AssetError, match="no source of the weights of tinyemo-700m"):
+        recipes_of_sizes(chosen.model_copy(update={"family": FamilyConfig(sizes=("tinyemo-700m",))}), recipe_for_size)
