@@ -66,8 +66,9 @@ def speed_recipe(trains: str, *, checkpoints: bool = False) -> Recipe:
 
 def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     """(tokens/s of each window's steps but the first's, share of the run that waited for data), by the real loop."""
-    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.fit import ReportCallback, run_phase
     from orchestration.phase_state import read_curve
+    from orchestration.ray_cluster import connect
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources
@@ -175,8 +176,9 @@ def measure_curves() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()  # before Ray is imported, which reads its token then
-    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.fit import ReportCallback, run_phase
     from orchestration.phase_state import read_curve
+    from orchestration.ray_cluster import connect
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources

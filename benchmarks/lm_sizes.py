@@ -75,8 +75,9 @@ def peak_use() -> Iterator[dict[str, int]]:
 
 def measure_size(size: str) -> dict[str, Any]:
     """Seconds a step, bytes a rank by kind, peak memory and, on a GPU, tokens/s and MFU."""
-    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.fit import ReportCallback, run_phase
     from orchestration.phase_state import read_curve
+    from orchestration.ray_cluster import connect
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources

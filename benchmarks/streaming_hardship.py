@@ -170,7 +170,7 @@ def run_watched(*arguments: str) -> dict[str, Any]:
     import ray
 
     from cluster.state import load_state, resolve_folder
-    from orchestration.fit import connect
+    from orchestration.ray_cluster import connect
 
     connect()
     state = load_state(resolve_folder(None))

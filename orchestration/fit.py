@@ -9,9 +9,7 @@ leaves the one before.
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,55 +18,21 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestration import storage
 from orchestration.phase_state import Curve, PhaseState, read_curve, read_state
+from orchestration.ray_cluster import last_line, require_cluster
 from orchestration.streaming.ordered_stream import configure_ray_data
 from orchestration.tracking import RunLogger
-from tinyemo.errors import ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
+from tinyemo.errors import PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-CONNECT_TIMEOUT_S = 5.0
-
-
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names as a driver; nothing where this process has joined one.
-
-    Raises:
-        ConfigError: no cluster is named.
-        PlatformError: it does not answer.
-    """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise ConfigError("RAY_ADDRESS is not set: start a cluster with `tinyemo platform up`, or name yours")
-    _require_open_port(address)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PlatformError(
-            f"the Ray cluster at {address} does not answer or refuses the token of RAY_AUTH_TOKEN_PATH "
-            f"({_first_line(error)})"
-        ) from error
-
-
-def _require_open_port(address: str) -> None:
-    """PlatformError where nothing listens at host:port; Ray itself tries for ten minutes. Other addresses pass."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise PlatformError(
-            f"no Ray cluster answers at {address} ({error}): start one with `tinyemo platform up` or set RAY_ADDRESS"
-        ) from error
 
 
 class ReportCallback(UserCallback):
@@ -136,7 +100,7 @@ def run_phase(
 
     Raises:
         TrainingError: workers were lost more than workers.max_failures times, or the run cannot go on.
-        PlatformError: MLflow does not answer at the phase's end; the same call then goes on from there.
+        PlatformError: the Ray cluster is gone, or MLflow does not answer at the phase's end; the same call goes on.
         TinyEmoError: what a worker raised and no retry would mend.
     """
     failures, folder = 0, callback.folder
@@ -151,17 +115,21 @@ def run_phase(
         try:
             with _watched(folder, on_report):
                 _run_attempt(job, loop, callback)
-        except ray.train.TrainingFailedError as error:
-            # A lost worker, or a controller that S3 kept waiting for too long: both mend by another attempt.
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            # A lost worker, a controller that S3 kept waiting for too long or that is lost with its node: all mend by
+            # another attempt, as long as there is a cluster.
             cause = find_cause([error, *getattr(error, "worker_failures", {}).values()])
             if cause is not None:
                 raise cause from error
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise  # a defect of ours, with its traceback
+            require_cluster(error)
             failures += 1
             allowed = job.recipe.workers.max_failures
-            logger.warning("attempt failed (%d of %d allowed): %s", failures, allowed, _first_line(error))
+            logger.warning("attempt failed (%d of %d allowed): %s", failures, allowed, last_line(error))
             if failures > allowed:
                 raise TrainingError(
-                    f"training failed {failures} times, at last: {_first_line(error)}; "
+                    f"training failed {failures} times, at last: {last_line(error)}; "
                     "run the same command again to go on, or see the logs in the Ray dashboard"
                 ) from error
 
@@ -256,8 +224,3 @@ def find_cause(errors: list[BaseException]) -> TinyEmoError | None:
 
 
 _WRAPPERS = ("cause", "base_exception", "_base_exception", "controller_failure")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -164,6 +164,7 @@ def open_run(
                     info = _create(client, experiment, name, tags)
                 else:
                     info = _resume(client, resume_run_id, texts, tags)
+            _open_runs.append(info)
             with open_client("log params") as client:
                 _log_texts(client, info.run_id, {key: texts[key] for key in texts.keys() - info.params.keys()}, {})
             yield RunHandle(info.run_id, info.url)
@@ -174,8 +175,20 @@ def open_run(
         except BaseException as error:
             _close_after(error, info, "FAILED")
             raise
+        finally:
+            if info in _open_runs:
+                _open_runs.remove(info)
         with held_signals(), open_client(f"close run {name}") as client:
             client.set_terminated(info.run_id, "FINISHED")
+
+
+_open_runs: list[RunInfo] = []
+
+
+def fail_open_runs(error: BaseException) -> None:
+    """End what this process has open as FAILED, for a thread that ends the process because the main thread hangs."""
+    for run in reversed(_open_runs):
+        _close_after(error, run, "FAILED")
 
 
 def find_run(experiment: str, name: str, *, parent_run_id: str | None = None) -> RunInfo | None:

@@ -66,16 +66,24 @@ def main() -> NoReturn:
         typer.echo("interrupted", err=True)
         code = 130
     finally:
-        _leave_cluster()
+        _leave_cluster(code)
     sys.exit(code)
 
 
-def _leave_cluster() -> None:
-    """Leave Ray while everything still stands: Arrow closes its S3 client at exit, and Ray's threads may use it."""
-    if "ray" in sys.modules:
-        import ray
+def _leave_cluster(code: int) -> None:
+    """Leave Ray while everything still stands: Arrow closes its S3 client at exit, and Ray's threads may use it.
 
-        ray.shutdown()
+    A cluster that is gone cannot be left: the process ends with `code` at once.
+    """
+    if "ray" not in sys.modules:
+        return
+    import ray
+
+    from orchestration.ray_cluster import is_lost
+
+    if is_lost():
+        _end_process(code)
+    ray.shutdown()
 
 
 def _end_process(code: int) -> NoReturn:

@@ -204,7 +204,7 @@ def _absolute(path: str | Path) -> str:
 
 def _require_servers() -> None:
     """Join Ray, and see that MLflow answers where one is named, before the long part."""
-    from orchestration.fit import connect
+    from orchestration.ray_cluster import connect
     from orchestration.tracking_server import require_server
 
     if has_mlflow():

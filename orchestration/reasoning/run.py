@@ -12,8 +12,9 @@ from typing import Any
 
 from orchestration import storage, tracking
 from orchestration.claims import write_claim
-from orchestration.fit import ReportCallback, connect, run_phase
+from orchestration.fit import ReportCallback, run_phase
 from orchestration.phase_state import PhaseState, read_curve, read_state
+from orchestration.ray_cluster import connect
 from orchestration.reasoning.evaluate import EvaluateJob, evaluate_loop_per_worker, summarise
 from orchestration.reasoning.export import export_model
 from orchestration.reasoning.loop import StageJob, stage_loop_per_worker

@@ -16,7 +16,7 @@ from typing import Any
 from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
 from orchestration.claims import write_claim
-from orchestration.fit import connect
+from orchestration.ray_cluster import connect
 from orchestration.recipe import Recipe, to_toml
 from orchestration.search.finalists import Finalist, judge_finalists
 from orchestration.search.plots import plot_best_so_far, plot_parallel_coordinates

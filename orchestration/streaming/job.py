@@ -61,7 +61,8 @@ def read_stream(recipe: Recipe, *, has_ledger: bool = False, on_step: OnStep | N
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return StreamResult(**storage.read_json(f"{folder}/result.json"))
     # Torch and Ray take seconds to import: what is wrong with a recipe or its records has been said by now.
-    from orchestration.fit import ReportCallback, connect, run_phase
+    from orchestration.fit import ReportCallback, run_phase
+    from orchestration.ray_cluster import connect
     from orchestration.streaming.loop import StreamJob, stream_loop_per_worker
 
     connect()

@@ -155,7 +155,7 @@ def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tupl
         return len(done), 0
     import ray
 
-    from orchestration.fit import connect
+    from orchestration.ray_cluster import connect
 
     connect()
     resources = ray.cluster_resources()
