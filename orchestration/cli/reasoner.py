@@ -13,7 +13,7 @@ from orchestration.cli.train import show_facts, stoppable
 if TYPE_CHECKING:
     from orchestration.phase_state import PhaseState
     from orchestration.reasoning.result import ReasonerResult
-    from orchestration.recipe import Recipe, recipes_of_sizes
+    from orchestration.recipe import Recipe
 
 
 def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
@@ -31,6 +31,7 @@ def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
 def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     """Train the reasoning model of a recipe at every size of the family, or show what would be read at each."""
     from orchestration.reasoning.family import recipe_for_size, train_reasoner_family
+    from orchestration.recipe import recipes_of_sizes
 
     if dry_run:
         planned = [(child, _plan_facts(child)) for child in recipes_of_sizes(recipe, recipe_for_size)]

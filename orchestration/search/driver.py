@@ -119,21 +119,26 @@ def _search(
     records = read_records(folder)
     if records:
         logger.warning("%s goes on after %d trials", recipe.name, len(records))
+    started_at, before_s = time.monotonic(), _spent_s(folder)
+
+    def write_spent() -> float:
+        """After each trial, since a driver that is killed says nothing at its end."""
+        search_s = before_s + time.monotonic() - started_at
+        storage.write_json(f"{folder}/spent.json", {"search_s": search_s})
+        return search_s
+
     with open_trial_log(run, recipe.name, records) as log:
 
         def end(record: TrialRecord) -> None:
             write_record(folder, record)
+            write_spent()
             records.append(record)
             log.put(record)
             if on_trial is not None:
                 on_trial(records)
 
-        started_at, before_s = time.time(), _spent_s(folder)
-        try:
-            run_trials(recipe, data, records, first_point(recipe), end)
-        finally:
-            search_s = before_s + time.time() - started_at
-            storage.write_json(f"{folder}/spent.json", {"search_s": search_s})
+        run_trials(recipe, data, records, first_point(recipe), end)
+        search_s = write_spent()
     return records, search_s
 
 

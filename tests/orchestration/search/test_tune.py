@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing
 from job_runner import RUNS, Jobs
 
+from orchestration import storage
 from orchestration.engine import build_engine
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.search.records import (
@@ -265,7 +266,9 @@ def test_a_killed_search_goes_on_and_leaves_children_a_winner_and_its_recipe(job
     command.wait()
     with jobs.connected():
         before = read_records(f"{RUNS}/searched")
+        spent_s = storage.read_json(f"{RUNS}/searched/spent.json")["search_s"]
     result = jobs.run("tune", path, "--json").document
+    assert result["search_s"] > spent_s > 0
     with jobs.connected():
         after = read_records(f"{RUNS}/searched")
     assert after[: len(before)] == before
@@ -285,8 +288,6 @@ def test_a_killed_search_goes_on_and_leaves_children_a_winner_and_its_recipe(job
     # The winner's recipe trains as it is, and the run has the losses that a trial has.
     winner = tmp_path / "winner.toml"
     with jobs.connected():
-        from orchestration import storage
-
         winner.write_bytes(storage.read_bytes(result["winner_recipe"]))
     assert load_recipe(str(winner)).name == "searched-winner"
     assert len(result["winners"]) == 1
