@@ -95,7 +95,7 @@ def watch(address: str, *, is_over: Callable[[], bool], patience_s: float = 0.75
 
     def look() -> None:
         answered_at = time.monotonic()
-        while not is_over():
+        while not is_over() and not is_lost():
             if _problem_with(address) is None:
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > patience_s:
