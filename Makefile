@@ -27,7 +27,7 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@echo "compiling DeepSpeed's CPU collectives (about half a minute)"
-	$(BIN)/python -m orchestration.engine
+	$(BIN)/python -m orchestration.services.engine
 	touch $(SETUP)
 
 demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show the results; leaves the platform up

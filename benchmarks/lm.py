@@ -66,12 +66,12 @@ def speed_recipe(trains: str, *, checkpoints: bool = False) -> Recipe:
 
 def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     """(tokens/s of each window's steps but the first's, share of the run that waited for data), by the real loop."""
-    from orchestration.fit import ReportCallback, run_phase
-    from orchestration.phase_state import read_curve
-    from orchestration.ray_cluster import connect
+    from orchestration.jobs.attempts import ReportCallback, run_phase
+    from orchestration.jobs.stage_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources
+    from orchestration.services.ray_cluster import connect
 
     connect()
     plan = prepare_reasoning(recipe, describe_sources(recipe))
@@ -176,12 +176,12 @@ def measure_curves() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()  # before Ray is imported, which reads its token then
-    from orchestration.fit import ReportCallback, run_phase
-    from orchestration.phase_state import read_curve
-    from orchestration.ray_cluster import connect
+    from orchestration.jobs.attempts import ReportCallback, run_phase
+    from orchestration.jobs.stage_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources
+    from orchestration.services.ray_cluster import connect
 
     connect()
     losses: dict[str, list[float]] = {}
@@ -211,9 +211,9 @@ def measure_curves() -> dict[str, Any]:
 
 def zero_row(zero_stage: int) -> dict[str, Any]:
     """Two steps of full fine-tuning on this rank; bytes counted before the second optimizer step."""
-    from orchestration.engine import accumulate, state_bytes
     from orchestration.reasoning.loop import start_stage
     from orchestration.reasoning.weights import build_for_stage
+    from orchestration.services.engine import accumulate, state_bytes
 
     content = {
         "name": "zero",

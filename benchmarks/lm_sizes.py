@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from orchestration.provenance import git_state
 from orchestration.recipe import Recipe, parse_recipe
+from orchestration.services.provenance import git_state
 
 WORLD_SIZE = 2
 STEPS = 3
@@ -75,12 +75,12 @@ def peak_use() -> Iterator[dict[str, int]]:
 
 def measure_size(size: str) -> dict[str, Any]:
     """Seconds a step, bytes a rank by kind, peak memory and, on a GPU, tokens/s and MFU."""
-    from orchestration.fit import ReportCallback, run_phase
-    from orchestration.phase_state import read_curve
-    from orchestration.ray_cluster import connect
+    from orchestration.jobs.attempts import ReportCallback, run_phase
+    from orchestration.jobs.stage_state import read_curve
     from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
     from orchestration.reasoning.prepare import prepare_reasoning
     from orchestration.reasoning.sources import describe_sources
+    from orchestration.services.ray_cluster import connect
 
     recipe = size_recipe(size)
     connect()

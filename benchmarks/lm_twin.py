@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
-from orchestration.engine import load_collectives
 from orchestration.reasoning.weights import build_for_stage
 from orchestration.recipe import Recipe
+from orchestration.services.engine import load_collectives
 
 
 def main(folder: Path, steps_per_window: int) -> None:

@@ -36,9 +36,9 @@ def write_records(folder: Path, images: list[Path], num_records: int, prefix: st
 
 def ingest_oasis_copies() -> dict[str, Any]:
     """The benchmark's records in S3 in all three forms; addresses of each."""
-    from orchestration import storage
     from orchestration.assets.catalogue import get_asset
     from orchestration.instruct.ingest import ingest_instruct
+    from orchestration.services import storage
 
     images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
     root = f"s3://{os.environ['TINYEMO_BUCKET']}"
@@ -102,7 +102,7 @@ def write_mds(images: list[bytes], uri: str) -> str | None:
         "    for image in pickle.load(sys.stdin.buffer):\n"
         "        out.write({'image': image})\n"
     )
-    from orchestration import storage
+    from orchestration.services import storage
 
     with tempfile.TemporaryDirectory() as name:
         done = subprocess.run(

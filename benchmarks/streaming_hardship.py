@@ -33,9 +33,9 @@ NUM_IMAGES = 50_000
 def measure_resume() -> dict[str, Any]:
     """Kill every worker behind NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
-    from orchestration import storage
-    from orchestration.phase_state import read_state
+    from orchestration.jobs.stage_state import read_state
     from orchestration.recipe import load_recipe
+    from orchestration.services import storage
     from orchestration.streaming.ledger import check_ledger, read_ledger
     from orchestration.streaming.prepare import prepare_records
 
@@ -138,7 +138,7 @@ def kill_workers(ray_pid: int) -> None:
 
 def state_step(folder: str) -> int:
     """Steps in the newest checkpoint of a reading."""
-    from orchestration.phase_state import read_state
+    from orchestration.jobs.stage_state import read_state
 
     state = read_state(f"{folder}/read")
     return 0 if state is None else state.step
@@ -147,7 +147,7 @@ def state_step(folder: str) -> int:
 def measure_wait() -> dict[str, Any]:
     """Share of the time that rank 0 waited for a batch, in two real jobs."""
     from benchmarks.lm import run_job, speed_recipe
-    from orchestration.phase_state import read_curve
+    from orchestration.jobs.stage_state import read_curve
     from orchestration.recipe import load_recipe
     from orchestration.training.train import train
 
@@ -170,7 +170,7 @@ def run_watched(*arguments: str) -> dict[str, Any]:
     import ray
 
     from cluster.state import load_state, resolve_folder
-    from orchestration.ray_cluster import connect
+    from orchestration.services.ray_cluster import connect
 
     connect()
     state = load_state(resolve_folder(None))

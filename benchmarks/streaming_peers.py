@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 sys.path.pop(0)  # this folder, whose streaming.py is not MosaicML's package
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from orchestration import storage
+from orchestration.services import storage
 from tinyemo.images import decode_image
 
 SIZE = 224

@@ -15,7 +15,7 @@ import pytest
 from cluster import platform as local_platform
 from cluster.environment import GROUPS
 from cluster.state import load_state
-from orchestration.storage import ensure_bucket
+from orchestration.services.storage import ensure_bucket
 
 FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
 """Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""

@@ -7,15 +7,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OWNERS = {
-    "deepspeed": {"orchestration/engine.py"},
+    "deepspeed": {"orchestration/services/engine.py"},
     "mlflow": {
-        "orchestration/tracking.py",
-        "orchestration/tracking_client.py",
-        "orchestration/tracking_server.py",
+        "orchestration/services/tracking.py",
+        "orchestration/services/tracking_client.py",
+        "orchestration/services/tracking_server.py",
         "orchestration/search/tracking.py",
     },
-    "boto3": {"orchestration/storage.py"},
-    "botocore": {"orchestration/storage.py"},
+    "boto3": {"orchestration/services/storage.py"},
+    "botocore": {"orchestration/services/storage.py"},
 }
 PACKAGES = ("tinyemo", "orchestration", "cluster", "tests")
 MAX_FILE_LINES = 400

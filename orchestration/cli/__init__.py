@@ -79,7 +79,7 @@ def _leave_cluster(code: int) -> None:
         return
     import ray
 
-    from orchestration.ray_cluster import is_lost
+    from orchestration.services.ray_cluster import is_lost
 
     if is_lost():
         _end_process(code)

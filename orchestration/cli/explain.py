@@ -94,7 +94,7 @@ def _find_images(images: Sequence[str]) -> tuple[list[str], bool]:
     Raises:
         DataError: nothing is there.
     """
-    from orchestration.storage import list_prefix
+    from orchestration.services.storage import list_prefix
 
     places: list[str] = []
     is_batch = False
@@ -127,13 +127,13 @@ def _opened(model: str, projector: str | None) -> Iterator[tuple[Path, MetricPro
 @contextmanager
 def _model_folder(location: str) -> Iterator[Path]:
     """A local folder with the model; what S3 or MLflow hold is fetched for the length of the block."""
-    from orchestration.storage import download_folder
+    from orchestration.services.storage import download_folder
 
     if Path(location).is_dir():
         yield Path(location)
         return
     if location.startswith(("runs:/", "models:/", "mlflow-artifacts:/")):
-        from orchestration.tracking import download_artifacts
+        from orchestration.services.tracking import download_artifacts
 
         yield download_artifacts(location)
         return

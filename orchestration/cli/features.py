@@ -57,7 +57,7 @@ def features(
 
     Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
     """
-    from orchestration.toml_sections import parse_section
+    from orchestration.recipe.toml_sections import parse_section
     from orchestration.vision.encode_parts import PoolConfig
     from orchestration.vision.encoder_sources import choose_encoder
     from orchestration.vision.features import make_features

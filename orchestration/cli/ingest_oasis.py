@@ -35,7 +35,7 @@ def oasis_command(
     Example: tinyemo ingest oasis --name oasis
     """
     from orchestration.instruct.oasis import OasisRules, ingest_oasis
-    from orchestration.toml_sections import parse_section
+    from orchestration.recipe.toml_sections import parse_section
 
     load_platform_environment()
     chosen = {

@@ -48,7 +48,7 @@ def up(
     """
     from cluster import platform
     from cluster.state import resolve_folder
-    from orchestration.storage import ensure_bucket
+    from orchestration.services.storage import ensure_bucket
 
     logging.getLogger("cluster").setLevel(logging.INFO)
     wanted = {"s3": s3_port, "mlflow": mlflow_port, "ray": ray_port, "dashboard": dashboard_port}

@@ -11,7 +11,7 @@ import typer
 from orchestration.cli.train import show_facts, stoppable
 
 if TYPE_CHECKING:
-    from orchestration.phase_state import PhaseState
+    from orchestration.jobs.stage_state import PhaseState
     from orchestration.reasoning.result import ReasonerResult
     from orchestration.recipe import Recipe
 

@@ -15,7 +15,7 @@ from cluster.environment import load_platform_environment
 from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
-    from orchestration.phase_state import PhaseState
+    from orchestration.jobs.stage_state import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.training.result import TrainResult
 

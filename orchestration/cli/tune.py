@@ -16,7 +16,7 @@ from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orchestration.phase_state import PhaseState
+    from orchestration.jobs.stage_state import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.search.records import TrialRecord
     from orchestration.search.result import OnTrial, TuneResult

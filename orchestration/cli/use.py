@@ -166,13 +166,13 @@ def open_projector(location: str) -> Iterator[MetricProjector]:
 
     load_platform_environment()
     if location.startswith("s3://"):
-        from orchestration.storage import download_folder
+        from orchestration.services.storage import download_folder
 
         with tempfile.TemporaryDirectory(prefix="tinyemo-") as folder:
             download_folder(location, Path(folder))
             yield MetricProjector.from_pretrained(Path(folder))
         return
-    from orchestration.tracking import download_artifacts
+    from orchestration.services.tracking import download_artifacts
 
     yield MetricProjector.from_pretrained(download_artifacts(location))
 

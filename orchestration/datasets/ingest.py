@@ -23,12 +23,12 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestration import storage
 from orchestration.assets.inputs import Input, generated_input, open_parquet_input
 from orchestration.datasets.manifest import VERSION_LENGTH, FeatureManifest, id_hash
 from orchestration.datasets.shards import Plan, Version, store_version
 from orchestration.datasets.validation import Kept, Rejection, RowValidator, held_out_rank
 from orchestration.datasets.versions import Advance, check_destination, existing_version, point_latest_at, publish
+from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.taxonomies import TAXONOMIES, taxonomy_labels
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from orchestration import storage
+from orchestration.services import storage
 from tinyemo.encoders import EncoderInfo
 from tinyemo.errors import DataError
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
-from orchestration import storage
 from orchestration.datasets.manifest import FileRef, M, Manifest, missing_files, parse_manifest
+from orchestration.services import storage
 from tinyemo.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest, SplitCounts
 from orchestration.instruct.rules import Reason
+from orchestration.services import storage
 from tinyemo.errors import PlatformError
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def show_in_mlflow(manifest: InstructManifest) -> str | None:
 
 
 def _log_card(manifest: InstructManifest) -> str:
-    from orchestration.tracking import open_run
+    from orchestration.services.tracking import open_run
 
     duplicates = sum(rows for reason, rows in manifest.rejected.reasons.items() if Reason(reason).is_duplicate)
     tags = {"kind": "ingest", "data": manifest.data, "data.uri": manifest.uri, "data.digest": manifest.digest}

@@ -18,9 +18,9 @@ import imagehash
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from orchestration import storage
 from orchestration.instruct.rules import IngestRules, Reason
 from orchestration.instruct.validation import quoted, reject
+from orchestration.services import storage
 from tinyemo.errors import DataError
 
 KEPT_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})

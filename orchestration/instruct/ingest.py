@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestration import storage
 from orchestration.assets.inputs import sha256_of_file
 from orchestration.datasets.manifest import (
     INDEX_SCHEMA,
@@ -59,7 +58,8 @@ from orchestration.instruct.images import require_root
 from orchestration.instruct.records import Staged, read_chunk, remove_staged, stage_records
 from orchestration.instruct.rules import SPLIT_NAME, IngestRules, Layout, Reason
 from orchestration.instruct.tasks import ShardWork, Source, check_chunks, places_by_chunk, write_shards
-from orchestration.interruption import sigterm_interrupts
+from orchestration.services import storage
+from orchestration.services.interruption import sigterm_interrupts
 from tinyemo.errors import ConfigError, DataError, StorageError
 from tinyemo.taxonomies import label_id
 
@@ -204,8 +204,8 @@ def _absolute(path: str | Path) -> str:
 
 def _require_servers() -> None:
     """Join Ray, and see that MLflow answers where one is named, before the long part."""
-    from orchestration.ray_cluster import connect
-    from orchestration.tracking_server import require_server
+    from orchestration.services.ray_cluster import connect
+    from orchestration.services.tracking_server import require_server
 
     if has_mlflow():
         require_server()

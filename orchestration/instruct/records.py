@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import ijson
 import pyarrow as pa
 
-from orchestration import storage
 from orchestration.datasets.versions import open_uploads
+from orchestration.services import storage
 from tinyemo.errors import DataError, StorageError
 
 MAX_RECORD_BYTES = 4 * 2**20

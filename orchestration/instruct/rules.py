@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from orchestration.toml_sections import lay_over, parse_section, read_toml
+from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
 from tinyemo.errors import DataError
 

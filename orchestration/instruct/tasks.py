@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration import storage
 from orchestration.datasets.manifest import RECORD_SCHEMA
 from orchestration.instruct.data_card import thumbnail
 from orchestration.instruct.decisions import FACT_SCHEMA
@@ -21,6 +20,7 @@ from orchestration.instruct.images import inspect_image, path_under_root, read_a
 from orchestration.instruct.records import RawRecord, Staged, read_chunk
 from orchestration.instruct.rules import IngestRules, Layout, Reason, RejectedRecordError
 from orchestration.instruct.validation import Record, check_record, claimed, parse_document, reject
+from orchestration.services import storage
 from orchestration.streaming.unordered_tasks import MAX_RETRIES, guarded, run_unordered
 from tinyemo.errors import DataError
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestration import storage
-from orchestration.phase_state import read_state
+from orchestration.jobs.stage_state import read_state
 from orchestration.reasoning.paired import PairedTest, mean_by_group, paired_test
+from orchestration.services import storage
 from tinyemo.errors import DataError, TrainingError
 
 

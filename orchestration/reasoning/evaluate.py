@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestration.engine import compute_dtype
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.loop import use_threads
 from orchestration.reasoning.paired import PairedTest, mean_by_group, other_images, paired_test
 from orchestration.reasoning.steps import Inputs, losses_by_record
 from orchestration.reasoning.weights import build_trained
 from orchestration.recipe import Recipe
+from orchestration.recipe.stage_config import StageConfig
+from orchestration.services.engine import compute_dtype
 from orchestration.streaming.record_batches import RecordBatch
 from orchestration.streaming.record_stream import RecordPlan, build_record_dataset, open_record_stream
 from tinyemo.errors import DataError

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from orchestration import storage
 from orchestration.instruct.oasis import REASONING_REQUESTS
 from orchestration.reasoning.steps import normalise
+from orchestration.services import storage
 from orchestration.streaming.record_forms import open_chat_tokenizer
 from tinyemo.conversation import IMAGE_TEXT, encode_prompt
 from tinyemo.encoders import encoder_of_card, find_conflict

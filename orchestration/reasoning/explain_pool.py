@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from orchestration.ray_cluster import connect
 from orchestration.reasoning.explain import Explainer, Explanation, read_image
+from orchestration.services.ray_cluster import connect
 from orchestration.streaming.unordered_tasks import MAX_RETRIES, guarded, run_unordered
 from tinyemo.projector import MetricProjector
 

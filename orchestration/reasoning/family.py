@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestration import tracking
-from orchestration.claims import finish_family, is_finished_family
-from orchestration.phase_state import read_curve
+from orchestration.jobs.lease import finish_family, is_finished_family
+from orchestration.jobs.stage_state import read_curve
 from orchestration.plots import SizeRow, plot_sizes
 from orchestration.reasoning.result import OnReport, ReasonerResult
 from orchestration.reasoning.train import train_reasoner
 from orchestration.recipe import Recipe, parse_size, recipes_of_sizes
+from orchestration.services import tracking
 from tinyemo.errors import AssetError
 from tinyemo.families import FAMILY
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from orchestration import storage
-from orchestration.engine import Engine, load_engine, save_engine, start_engine, trained_state_dict
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.first_rank import build_on_first_rank, give_freed_memory_back
 from orchestration.reasoning.steps import Inputs, mean_loss, take_step
 from orchestration.reasoning.throughput import Meter
 from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
 from orchestration.recipe import Recipe
+from orchestration.recipe.stage_config import StageConfig
+from orchestration.services import storage
+from orchestration.services.engine import Engine, load_engine, save_engine, start_engine, trained_state_dict
 from orchestration.streaming.ordered_stream import Waits
 from orchestration.streaming.record_stream import RecordPlan, build_record_dataset, open_record_stream
 from tinyemo.reasoner.flops import flop_model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.sources import Sources, tokenizer_source
 from orchestration.recipe import Recipe
+from orchestration.recipe.stage_config import StageConfig
 from orchestration.streaming.record_sets import RecordSet, open_record_set
 from orchestration.streaming.record_stream import RecordPlan, plan_records
 from tinyemo.encoders import EncoderSpec

@@ -10,11 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestration import storage, tracking
-from orchestration.claims import write_claim
-from orchestration.fit import ReportCallback, run_phase
-from orchestration.phase_state import PhaseState, read_curve, read_state
-from orchestration.ray_cluster import connect
+from orchestration.jobs.attempts import ReportCallback, run_phase
+from orchestration.jobs.lease import write_claim
+from orchestration.jobs.stage_state import PhaseState, read_curve, read_state
 from orchestration.reasoning.evaluate import EvaluateJob, evaluate_loop_per_worker, summarise
 from orchestration.reasoning.export import export_model
 from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
@@ -22,6 +20,8 @@ from orchestration.reasoning.prepare import ReasoningPlan
 from orchestration.reasoning.result import OnReport, ReasonerResult, StageResult
 from orchestration.reasoning.sources import Sources
 from orchestration.recipe import Recipe, to_toml
+from orchestration.services import storage, tracking
+from orchestration.services.ray_cluster import connect
 from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)

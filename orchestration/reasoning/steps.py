@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestration.engine import Engine, accumulate, state_bytes
+from orchestration.services.engine import Engine, accumulate, state_bytes
 from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.conversation import IGNORED
 from tinyemo.encoders import Preprocessing

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from orchestration import storage, tracking
-from orchestration.claims import read_claim
+from orchestration.jobs.lease import read_claim
 from orchestration.reasoning.prepare import prepare_reasoning
 from orchestration.reasoning.result import OnReport, ReasonerResult
 from orchestration.reasoning.sources import describe_sources
 from orchestration.recipe import Recipe
+from orchestration.services import storage, tracking
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging as hf_logging
 
-from orchestration import storage
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.sources import fetch_llm, public_name
 from orchestration.recipe import Recipe
+from orchestration.recipe.stage_config import StageConfig
+from orchestration.services import storage
 from orchestration.vision.encoder_sources import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
 from tinyemo.errors import DataError
 from tinyemo.reasoner.loading import build_reasoner

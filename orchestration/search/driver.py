@@ -13,10 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
-from orchestration.claims import write_claim
-from orchestration.ray_cluster import connect
+from orchestration.jobs.lease import write_claim
 from orchestration.recipe import Recipe, to_toml
 from orchestration.search.finalists import Finalist, judge_finalists
 from orchestration.search.plots import plot_best_so_far, plot_parallel_coordinates
@@ -26,6 +24,8 @@ from orchestration.search.run import objectives, run_trials
 from orchestration.search.tracking import open_trial_log
 from orchestration.search.trial import SearchData, read_search_data
 from orchestration.search.trial_recipes import first_point, trial_recipe, winner_recipe
+from orchestration.services import storage, tracking
+from orchestration.services.ray_cluster import connect
 from orchestration.training.prepare import Preparation
 from orchestration.training.result import OnReport, TrainResult
 from orchestration.training.train import train

@@ -12,11 +12,11 @@ from typing import Any
 
 import ray
 
-from orchestration import storage
 from orchestration.recipe import Recipe
 from orchestration.search.records import SEEN, TrialRecord
 from orchestration.search.trial import PackedTrial, SearchData
 from orchestration.search.trial_recipes import trial_recipe
+from orchestration.services import storage
 
 
 @dataclass(frozen=True)

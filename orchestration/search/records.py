@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from orchestration import storage
+from orchestration.services import storage
 
 Ended = Literal["finished", "stopped", "failed"]
 

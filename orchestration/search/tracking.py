@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from orchestration.search.records import TrialRecord
-from orchestration.tracking import RunHandle, flatten
-from orchestration.tracking_client import open_client
+from orchestration.services.tracking import RunHandle, flatten
+from orchestration.services.tracking_client import open_client
 from tinyemo.errors import PlatformError
 
 logger = logging.getLogger(__name__)

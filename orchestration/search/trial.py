@@ -20,9 +20,9 @@ from torch import Tensor
 
 from orchestration.datasets.manifest import FeatureManifest
 from orchestration.datasets.split import SplitRows, carve_validation
-from orchestration.engine import build_optimizer, build_schedule
 from orchestration.recipe import Recipe
 from orchestration.search.records import SEEN, ZERO_SHOT
+from orchestration.services.engine import build_optimizer, build_schedule
 from orchestration.streaming.feature_stream import features_array, read_rows
 from orchestration.streaming.sampling import SampleOrder, TrainPlan
 from orchestration.training.loop import build_projector, objective_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from orchestration import storage, tracking
-from orchestration.claims import read_claim
+from orchestration.jobs.lease import read_claim
 from orchestration.recipe import Recipe
 from orchestration.search.check import check_search
 from orchestration.search.result import OnTrial, TuneResult
+from orchestration.services import storage, tracking
 from orchestration.training.prepare import prepare
 from orchestration.training.result import OnReport
 

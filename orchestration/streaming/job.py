@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestration import storage
 from orchestration.recipe import Recipe
+from orchestration.services import storage
 from orchestration.streaming.epoch_plan import shuffle_quality
 from orchestration.streaming.ledger import LedgerCheck, check_ledger, read_ledger
 from orchestration.streaming.prepare import prepare_records
@@ -61,8 +61,8 @@ def read_stream(recipe: Recipe, *, has_ledger: bool = False, on_step: OnStep | N
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return StreamResult(**storage.read_json(f"{folder}/result.json"))
     # Torch and Ray take seconds to import: what is wrong with a recipe or its records has been said by now.
-    from orchestration.fit import ReportCallback, run_phase
-    from orchestration.ray_cluster import connect
+    from orchestration.jobs.attempts import ReportCallback, run_phase
+    from orchestration.services.ray_cluster import connect
     from orchestration.streaming.loop import StreamJob, stream_loop_per_worker
 
     connect()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestration import storage
+from orchestration.services import storage
 from orchestration.streaming.record_sets import RecordSet
 from orchestration.streaming.record_stream import RecordPlan
 from tinyemo.errors import DataError

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest, Shard, load_manifest
+from orchestration.services import storage
 from orchestration.streaming.sampling import chunks_of
 from orchestration.streaming.table_cache import remember
 from tinyemo.errors import DataError

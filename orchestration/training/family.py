@@ -6,11 +6,11 @@ import logging
 import tempfile
 from pathlib import Path
 
-from orchestration import tracking
 from orchestration.assets.labels import label_embeddings
-from orchestration.claims import finish_family, is_finished_family
+from orchestration.jobs.lease import finish_family, is_finished_family
 from orchestration.plots import FamilyRow, plot_family
 from orchestration.recipe import Recipe, parse_size, recipes_of_sizes, to_toml
+from orchestration.services import tracking
 from orchestration.training.result import OnReport, TrainResult, notes
 from orchestration.training.train import train
 from tinyemo.errors import AssetError, ConfigError

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from orchestration import storage
-from orchestration.engine import Engine, build_engine, full_state_dict, load_engine, save_engine, train_step
 from orchestration.recipe import Recipe
+from orchestration.services import storage
+from orchestration.services.engine import Engine, build_engine, full_state_dict, load_engine, save_engine, train_step
 from orchestration.streaming.feature_stream import Batch, StreamPlan, build_dataset, open_stream
 from orchestration.streaming.ordered_stream import Waits
 from tinyemo.errors import TrainingError

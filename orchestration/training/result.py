@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestration.phase_state import PhaseState
+    from orchestration.jobs.stage_state import PhaseState
 
 OnReport = Callable[[str, "PhaseState"], None]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load as load_safetensors
 
-from orchestration import storage, tracking
 from orchestration.assets.labels import label_embeddings
-from orchestration.claims import write_claim
-from orchestration.fit import ReportCallback, run_phase
-from orchestration.phase_state import PhaseState, read_curve
+from orchestration.jobs.attempts import ReportCallback, run_phase
+from orchestration.jobs.lease import write_claim
+from orchestration.jobs.stage_state import PhaseState, read_curve
 from orchestration.plots import plot_confusion, plot_curves
-from orchestration.ray_cluster import connect
 from orchestration.recipe import to_toml
+from orchestration.services import storage, tracking
+from orchestration.services.ray_cluster import connect
 from orchestration.streaming.feature_stream import StreamPlan
 from orchestration.training.loop import BEST_WEIGHTS, TrainJob, train_loop_per_worker
 from orchestration.training.prepare import Preparation

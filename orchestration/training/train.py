@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from orchestration import storage, tracking
-from orchestration.claims import read_claim
+from orchestration.jobs.lease import read_claim
 from orchestration.recipe import Recipe
+from orchestration.services import storage, tracking
 from orchestration.training.prepare import prepare
 from orchestration.training.result import OnReport, TrainResult
 

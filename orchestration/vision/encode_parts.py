@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from orchestration import storage
 from orchestration.assets.inputs import sha256_of_file
 from orchestration.datasets.manifest import InstructManifest
 from orchestration.datasets.shards import parquet_bytes
 from orchestration.datasets.validation import Rejection
+from orchestration.services import storage
 from orchestration.streaming.record_sets import RecordSet, read_records
 from orchestration.streaming.unordered_tasks import guarded
 from orchestration.vision.encoder_sources import EncoderChoice, open_choice

@@ -24,7 +24,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestration import storage
 from orchestration.datasets.manifest import (
     INDEX_SCHEMA,
     VERSION_LENGTH,
@@ -46,7 +45,8 @@ from orchestration.datasets.versions import (
     point_latest_at,
     publish,
 )
-from orchestration.interruption import sigterm_interrupts
+from orchestration.services import storage
+from orchestration.services.interruption import sigterm_interrupts
 from orchestration.streaming.unordered_tasks import MAX_RETRIES, run_unordered
 from orchestration.vision.encode_parts import FeatureJob, PartEncoder, PoolConfig, forget_notes, read_notes
 from orchestration.vision.encoder_sources import EncoderChoice, describe_choice
@@ -155,7 +155,7 @@ def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tupl
         return len(done), 0
     import ray
 
-    from orchestration.ray_cluster import connect
+    from orchestration.services.ray_cluster import connect
 
     connect()
     resources = ray.cluster_resources()

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest, Shard
 from orchestration.datasets.validation import Rejection, held_out_rank
+from orchestration.services import storage
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import LABELS, label_id
 

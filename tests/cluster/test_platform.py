@@ -22,7 +22,7 @@ from cluster.plan import make_plan
 from cluster.process import ProcessRecord, find_members, is_alive
 from cluster.services import Service, build_services, find_program
 from cluster.state import PlatformState, load_state, save_state
-from orchestration import storage
+from orchestration.services import storage
 from tests.conftest import RunningPlatform, choose_platform_ports, find_free_ports
 from tinyemo.errors import PlatformError, StorageError
 

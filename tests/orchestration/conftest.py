@@ -18,7 +18,7 @@ import pytest
 from feature_files import MIRROR
 from job_runner import Jobs, platform_environment
 
-from orchestration import storage
+from orchestration.services import storage
 from tinyemo.errors import StorageError
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestration import storage
 from orchestration.datasets.ingest import IngestReport, ingest_features
 from orchestration.datasets.manifest import FeatureManifest
+from orchestration.services import storage
 from tinyemo.errors import TinyEmoError
 
 

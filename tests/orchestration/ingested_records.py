@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 from broken_records import RULES, Corpus
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest
 from orchestration.instruct.ingest import InstructReport, ingest_instruct
 from orchestration.instruct.rules import Layout
+from orchestration.services import storage
 
 LAYOUT = Layout(rows_per_group=4, shard_bytes=12_000, records_per_chunk=10)
 """Small, so that a few records make several chunks, shards and row groups."""

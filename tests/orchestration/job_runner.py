@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestration import storage
 from orchestration.datasets.manifest import FeatureManifest, load_manifest
-from orchestration.phase_state import Curve, PhaseState, read_curve, read_state
+from orchestration.jobs.stage_state import Curve, PhaseState, read_curve, read_state
+from orchestration.services import storage
 
 DEADLINE_S = 400.0
 POLL_S = 0.2

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestration import storage
 from orchestration.datasets.manifest import RECORD_SCHEMA, FileRef, InstructManifest, Rejected, Shard, SplitCounts
 from orchestration.datasets.versions import publish
+from orchestration.services import storage
 
 
 def drawn_picture(number: int, *, width: int = 40, height: int = 32, kind: str = "PNG") -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration import storage
-from orchestration.claims import finish_family, is_finished_family, read_claim, write_claim
+from orchestration.jobs.lease import finish_family, is_finished_family, read_claim, write_claim
 from orchestration.recipe import Recipe, parse_recipe
+from orchestration.services import storage
 from tinyemo.errors import TrainingError
 
 DATA = {"pretrain/0/moods": "a" * 64, "finetune/0/moods": "b" * 64}

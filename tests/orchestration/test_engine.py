@@ -13,7 +13,8 @@ import pytest
 import torch
 from ranks import Found, Jobs, run_groups
 
-from orchestration.engine import (
+from orchestration.recipe import Recipe, parse_recipe
+from orchestration.services.engine import (
     build_engine,
     build_optimizer,
     build_schedule,
@@ -22,7 +23,6 @@ from orchestration.engine import (
     optimizer_state_bytes,
     save_engine,
 )
-from orchestration.recipe import Recipe, parse_recipe
 from orchestration.streaming.feature_stream import Batch
 from orchestration.streaming.sampling import rank_slice
 from orchestration.training.loop import build_projector, take_step
@@ -211,6 +211,6 @@ def test_a_process_killed_while_it_compiled_stops_nobody() -> None:
         fcntl.flock(in_use, fcntl.LOCK_EX)
         guard.touch()
 
-    subprocess.run([sys.executable, "-m", "orchestration.engine"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "orchestration.services.engine"], check=True, timeout=120)
 
     assert not guard.exists()

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from orchestration.interruption import Interrupted, sigterm_interrupts
+from orchestration.services.interruption import Interrupted, sigterm_interrupts
 
 
 def test_sigterm_handler_is_put_back_and_raises_once():

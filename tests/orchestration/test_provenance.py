@@ -16,8 +16,8 @@ def test_git_state_falls_back_to_the_environment(tmp_path):
     package = tmp_path / "orchestration"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "provenance.py").write_text((REPOSITORY / "orchestration/provenance.py").read_text())
-    code = "import json; from orchestration.provenance import git_state; print(json.dumps(git_state()))"
+    (package / "provenance.py").write_text((REPOSITORY / "orchestration/services/provenance.py").read_text())
+    code = "import json; from orchestration.services.provenance import git_state; print(json.dumps(git_state()))"
 
     def state(**variables: str) -> dict[str, str]:
         environment = {"PATH": os.environ["PATH"]} | variables

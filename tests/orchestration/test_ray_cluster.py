@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration import ray_cluster
+from orchestration.services import ray_cluster
 from tinyemo.errors import PlatformError
 
 PATIENCE_S = 0.5
@@ -72,14 +72,16 @@ def test_an_error_of_ray_is_the_clusters_only_where_that_is_gone(
 
 
 def test_joining_a_cluster_waits_for_no_deep_learning_library() -> None:
-    code = "import sys, orchestration.ray_cluster; sys.exit('torch' in sys.modules or 'ray.train' in sys.modules)"
+    code = (
+        "import sys, orchestration.services.ray_cluster; sys.exit('torch' in sys.modules or 'ray.train' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_main_thread_that_takes_no_signal_is_ended_in_one_line(head: socket.socket) -> None:
     """It waits inside the kernel with signals blocked, as in a call of Ray's that looks for none."""
     code = (
-        "import signal, time; from orchestration import ray_cluster; ray_cluster.HANGS_AFTER_S = 0.2;"
+        "import signal, time; from orchestration.services import ray_cluster; ray_cluster.HANGS_AFTER_S = 0.2;"
         f"ray_cluster.watch('{address_of(head)}', is_over=lambda: False, patience_s={PATIENCE_S});"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]); print('ready', flush=True); time.sleep(60)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import storage
+from orchestration.services import storage
 from tinyemo.errors import StorageError
 
 

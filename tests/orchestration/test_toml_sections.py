@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from orchestration.toml_sections import lay_over, parse_section, read_toml
+from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
 

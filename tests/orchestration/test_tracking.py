@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestration.tracking import download_artifacts, find_run, git_state, open_run, register_projector
+from orchestration.services.tracking import download_artifacts, find_run, git_state, open_run, register_projector
 from tinyemo.errors import AssetError, PlatformError, TrainingError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_an_interruption_leaves_a_killed_run(server, error):
 
 DRIVER = """
 import sys, time
-from orchestration.tracking import open_run
+from orchestration.services.tracking import open_run
 with open_run("{experiment}", "parent of stopped", params={{}}, tags={{}}) as parent:
     with open_run("{experiment}", sys.argv[1], params={{}}, tags={{}}, parent_run_id=parent.run_id) as run:
         try:
@@ -251,7 +251,7 @@ def test_a_long_curve_arrives_whole_also_from_another_process(server):
 @pytest.mark.timeout(120)
 def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, monkeypatch, caplog):
     """The server is away for one of three reports: S3 has the whole curve, MLflow too at the end, no step twice."""
-    from orchestration.fit import ReportCallback, run_phase
+    from orchestration.jobs.attempts import ReportCallback, run_phase
 
     with open_run(EXPERIMENT, "gap", params={}, tags={}) as run:
         callback = ReportCallback(f"{s3_root}/refit", run.logger, prefix="refit")

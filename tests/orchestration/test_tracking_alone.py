@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import tracking, tracking_client
-from orchestration.tracking import RunLogger, download_artifacts, require_server
+from orchestration.services import tracking, tracking_client
+from orchestration.services.tracking import RunLogger, download_artifacts, require_server
 from tinyemo.errors import ConfigError, PlatformError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,5 +63,5 @@ def test_the_limits_are_mlflows():
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, orchestration.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, orchestration.services.tracking; sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=60)

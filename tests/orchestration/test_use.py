@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from orchestration import storage
 from orchestration.cli import app
+from orchestration.services import storage
 from tinyemo.config import ProjectorConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.errors import TinyEmoError

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from record_files import record
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest
+from orchestration.services import storage
 from orchestration.vision.encode_parts import FeatureJob, PoolConfig
 from orchestration.vision.encoder_sources import choose_encoder, describe_choice
 from tinyemo.encoders import EncoderInfo

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingested_features import ingest, read_split
 
-from orchestration import storage
 from orchestration.assets.inputs import generated_input
 from orchestration.datasets.manifest import FeatureManifest, load_manifest, read_index, verify_manifest
 from orchestration.datasets.shards import _staged_rows
+from orchestration.services import storage
 from tinyemo.taxonomies import label_id
 
 # What is stored

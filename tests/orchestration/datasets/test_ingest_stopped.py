@@ -15,8 +15,8 @@ from breaking_proxy import BreakingProxy
 from feature_files import good_rows, rows, vectors, write_splits
 from ingested_features import assert_is_one_line, ingest
 
-from orchestration import storage
 from orchestration.datasets.manifest import FeatureManifest, load_manifest, verify_manifest
+from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError, StorageError
 
 

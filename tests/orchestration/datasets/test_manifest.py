@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from feature_files import good_rows, write_splits
 
-from orchestration import storage
 from orchestration.datasets.ingest import ingest_features
 from orchestration.datasets.manifest import (
     INDEX_SCHEMA,
@@ -21,6 +20,7 @@ from orchestration.datasets.manifest import (
     read_index,
     verify_manifest,
 )
+from orchestration.services import storage
 from tinyemo.errors import DataError
 
 

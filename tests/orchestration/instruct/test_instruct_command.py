@@ -10,10 +10,10 @@ from broken_records import Corpus, encode, picture, record
 from job_runner import Jobs
 from PIL import Image
 
-from orchestration import storage
 from orchestration.datasets.manifest import InstructManifest, load_manifest
 from orchestration.instruct.ingest import REJECTED_SCHEMA
 from orchestration.instruct.rules import IngestRules, Reason
+from orchestration.services import storage
 
 
 @pytest.fixture

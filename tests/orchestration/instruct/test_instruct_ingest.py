@@ -17,7 +17,6 @@ from broken_records import RULES, Corpus, asked, encode, picture, record
 from ingested_records import LAYOUT, ingest, left_in, read_parquet, rejected, stored
 from PIL import Image
 
-from orchestration import storage
 from orchestration.datasets.manifest import (
     RECORD_SCHEMA,
     InstructManifest,
@@ -29,6 +28,7 @@ from orchestration.datasets.manifest import (
 from orchestration.instruct.ingest import ingest_instruct
 from orchestration.instruct.records import MAX_RECORD_BYTES
 from orchestration.instruct.rules import IngestRules, Reason
+from orchestration.services import storage
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import label_id
 

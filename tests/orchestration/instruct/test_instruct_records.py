@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration import storage
 from orchestration.instruct.records import (
     MAX_RECORD_BYTES,
     RawRecord,
@@ -21,6 +20,7 @@ from orchestration.instruct.records import (
     stage_records,
 )
 from orchestration.instruct.tasks import places_by_chunk
+from orchestration.services import storage
 from tinyemo.errors import DataError
 
 json_values = st.recursive(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.reasoning.config import PUBLISHED, StageConfig
 from orchestration.reasoning.family import recipe_for_size
 from orchestration.recipe import FamilyConfig, load_recipe, parse_recipe, recipes_of_sizes
+from orchestration.recipe.stage_config import PUBLISHED, StageConfig
 from tinyemo.errors import AssetError, ConfigError
 
 

@@ -11,13 +11,13 @@ import torch
 from ranks import Found, Jobs, run_groups
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
-from orchestration.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.first_rank import build_on_first_rank
 from orchestration.reasoning.loop import start_stage
 from orchestration.reasoning.steps import Inputs, MicroBatch, losses_by_record, mean_loss, take_step
 from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import Recipe, parse_recipe
+from orchestration.recipe.stage_config import StageConfig
+from orchestration.services.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
 from orchestration.streaming.record_batches import RecordBatch
 from orchestration.streaming.sampling import rank_slice
 from tinyemo.errors import DataError, TrainingError

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestration import storage, tracking
 from orchestration.reasoning.prepare import prepare_reasoning
 from orchestration.reasoning.sources import describe_sources
 from orchestration.reasoning.steps import Inputs, losses_by_record
 from orchestration.reasoning.weights import build_for_stage
 from orchestration.recipe import load_recipe
+from orchestration.services import storage, tracking
 from orchestration.streaming.epoch_plan import Window
 from orchestration.streaming.ordered_stream import from_ipc
 from orchestration.streaming.record_batches import collate

@@ -10,15 +10,15 @@ import pytest
 import torch
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
-from orchestration import storage
-from orchestration.phase_state import PhaseState
+from orchestration.jobs.stage_state import PhaseState
 from orchestration.reasoning.compare import compare_runs
-from orchestration.reasoning.config import StageConfig
 from orchestration.reasoning.evaluate import measure_records, summarise
 from orchestration.reasoning.model_card import evaluation_lines
 from orchestration.reasoning.steps import Inputs
 from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import parse_recipe
+from orchestration.recipe.stage_config import StageConfig
+from orchestration.services import storage
 from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.errors import ConfigError, DataError, TrainingError
 

@@ -20,8 +20,6 @@ import torch
 import torch.multiprocessing
 from job_runner import RUNS, Jobs
 
-from orchestration import storage
-from orchestration.engine import build_engine
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.search.records import (
     SEEN,
@@ -35,6 +33,8 @@ from orchestration.search.records import (
 from orchestration.search.run import RecordEnds, _scheduler, _searcher
 from orchestration.search.trial import FoldTraining, PackedTrial, SearchData, SharedRows
 from orchestration.search.trial_recipes import first_point
+from orchestration.services import storage
+from orchestration.services.engine import build_engine
 from orchestration.streaming.feature_stream import Batch
 from orchestration.training.loop import build_projector, objective_of, take_step
 from tinyemo.errors import TrainingError

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from record_files import record, write_records
 
-from orchestration import storage
 from orchestration.assets.catalogue import get_asset
+from orchestration.services import storage
 from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
 from orchestration.streaming.record_batches import RecordBatch
 from orchestration.streaming.record_forms import open_chat_tokenizer

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestration import storage
 from orchestration.datasets.ingest import ingest_features
 from orchestration.datasets.split import carve_validation
 from orchestration.recipe import parse_recipe
+from orchestration.services import storage
 from orchestration.streaming.feature_stream import Batch, StreamPlan, open_stream
 from orchestration.training.prepare import Preparation, prepare
 from tinyemo.errors import ConfigError, DataError, TrainingError

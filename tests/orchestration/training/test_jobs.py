@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from job_runner import RUNS, Jobs, Outcome
 
-from orchestration import storage, tracking
 from orchestration.datasets.manifest import FeatureManifest, read_file
 from orchestration.recipe import load_recipe
+from orchestration.services import storage, tracking
 from tinyemo.projector import MetricProjector
 from tinyemo.taxonomies import TAXONOMIES
 

@@ -8,7 +8,7 @@ import pytest
 from breaking_proxy import BreakingProxy
 from job_runner import Jobs
 
-from orchestration import storage
+from orchestration.services import storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -12,7 +12,7 @@ import torch
 from record_files import write_records
 from vision_files import EKMAN, job_for, matrix, photograph, photographed, read_table, with_image
 
-from orchestration import storage
+from orchestration.services import storage
 from orchestration.vision.encode_parts import NOTES, encode_part, forget_notes, read_notes
 from orchestration.vision.encoder_sources import open_choice
 from orchestration.vision.image_plan import Part, plan_images, read_image_columns

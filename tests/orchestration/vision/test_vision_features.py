@@ -19,7 +19,6 @@ from job_runner import Jobs
 from record_files import drawn_picture, write_records
 from vision_files import CLIP_WIDTH, EKMAN, photograph, photographed, read_table, with_image
 
-from orchestration import storage
 from orchestration.datasets.manifest import (
     FeatureManifest,
     id_hash,
@@ -28,6 +27,7 @@ from orchestration.datasets.manifest import (
     read_index,
     verify_manifest,
 )
+from orchestration.services import storage
 from orchestration.vision.encode_parts import NOTES, PoolConfig, read_notes
 from orchestration.vision.encoder_sources import EncoderChoice, choose_encoder, describe_choice
 from orchestration.vision.features import _count_actors, _gpus_per_actor, make_features

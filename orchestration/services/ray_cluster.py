@@ -113,8 +113,8 @@ def watch(address: str, *, is_over: Callable[[], bool], patience_s: float = 0.75
 def _end_process(error: PlatformError) -> NoReturn:
     sys.stderr.write(f"error: {error}\n")
     sys.stderr.flush()
-    if "orchestration.tracking" in sys.modules:
-        from orchestration.tracking import fail_open_runs
+    if "orchestration.services.tracking" in sys.modules:
+        from orchestration.services.tracking import fail_open_runs
 
         fail_open_runs(error)
     os._exit(2)

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from orchestration.engine_config import EngineConfig, OptimizerConfig
-from orchestration.reasoning.config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
+from orchestration.recipe.engine_config import EngineConfig, OptimizerConfig
+from orchestration.recipe.stage_config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
+from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
 from orchestration.search.space import SearchConfig, space_problems
 from orchestration.streaming.feature_stream import DataConfig
 from orchestration.streaming.record_stream import RecordsConfig
-from orchestration.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestration import storage, tracking
 from orchestration.recipe import Recipe
+from orchestration.services import storage, tracking
 from tinyemo.errors import TrainingError
 
 Digests = Mapping[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration import storage
+from orchestration.services import storage
 
 
 @dataclass(frozen=True)

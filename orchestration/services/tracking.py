@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestration.interruption import held_signals, sigterm_interrupts
-from orchestration.provenance import git_state, identity_tags
-from orchestration.tracking_client import Points, RunLogger, open_client
-from orchestration.tracking_server import one_line, public_address, require_server
+from orchestration.services.interruption import held_signals, sigterm_interrupts
+from orchestration.services.provenance import git_state, identity_tags
+from orchestration.services.tracking_client import Points, RunLogger, open_client
+from orchestration.services.tracking_server import one_line, public_address, require_server
 from tinyemo.errors import AssetError, ConfigError, PlatformError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)

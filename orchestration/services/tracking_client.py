@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from orchestration.tracking_server import answers, one_line, public_address, set_client_defaults
+from orchestration.services.tracking_server import answers, one_line, public_address, set_client_defaults
 from tinyemo.errors import ConfigError, PlatformError
 
 METRICS_PER_REQUEST = 1000

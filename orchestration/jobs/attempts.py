@@ -23,11 +23,11 @@ import ray.train
 from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestration import storage
-from orchestration.phase_state import Curve, PhaseState, read_curve, read_state
-from orchestration.ray_cluster import last_line, require_cluster
+from orchestration.jobs.stage_state import Curve, PhaseState, read_curve, read_state
+from orchestration.services import storage
+from orchestration.services.ray_cluster import last_line, require_cluster
+from orchestration.services.tracking import RunLogger
 from orchestration.streaming.ordered_stream import configure_ray_data
-from orchestration.tracking import RunLogger
 from tinyemo.errors import PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)
