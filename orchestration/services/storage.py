@@ -32,8 +32,12 @@ READ_TIMEOUT_S = 20.0
 MAX_ATTEMPTS = 3
 """A dead endpoint costs at most MAX_ATTEMPTS connect timeouts and two short back-offs: under 15 s."""
 TRANSFER_THREADS = 4
+MAX_KEYS_PER_DELETE = 1000
+"""Limit of S3's DeleteObjects."""
 
 _CLIENT_LOCK = threading.Lock()
+_COUNT_LOCK = threading.Lock()
+_fetched_bytes = 0
 _MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
 _CREDENTIAL_CODES = frozenset(
     {
@@ -94,7 +98,21 @@ def _build_client(endpoint: str | None, region_name: str, _credentials: tuple[st
         max_pool_connections=4 * TRANSFER_THREADS,
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
-    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region_name, config=config)
+    built = boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=region_name, config=config)
+    built.meta.events.register("after-call.s3.GetObject", _count_fetched)
+    return built
+
+
+def _count_fetched(parsed: dict[str, Any], **_: Any) -> None:
+    """Add the size of one GetObject answer; boto3 calls this also for the parts of a large download."""
+    global _fetched_bytes  # noqa: PLW0603  # one figure per process
+    with _COUNT_LOCK:
+        _fetched_bytes += int(parsed.get("ContentLength", 0))
+
+
+def fetched_bytes() -> int:
+    """Return how many bytes of objects this process has asked boto3 for so far, retries included; pyarrow not."""
+    return _fetched_bytes
 
 
 def client() -> Any:
@@ -127,6 +145,14 @@ def filesystem() -> Any:
     return S3FileSystem(**options)
 
 
+def _where() -> str:
+    return endpoint_url() or f"AWS {region()}"
+
+
+def _error_code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
 def _describe_answer(code: str, uri: str, where: str) -> StorageError:
     """The line for an error code that the server answered."""
     if code == "NoSuchBucket":
@@ -143,9 +169,9 @@ def _describe_answer(code: str, uri: str, where: str) -> StorageError:
 
 def _describe(error: Exception, uri: str) -> StorageError:
     """The one line for a failure on `uri`: what was asked, where, and what to do."""
-    where = endpoint_url() or f"AWS {region()}"
+    where = _where()
     if isinstance(error, botocore.exceptions.ClientError):
-        return _describe_answer(str(error.response.get("Error", {}).get("Code", "unknown")), uri, where)
+        return _describe_answer(_error_code(error), uri, where)
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return StorageError(f"no S3 credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.ConnectionError):
@@ -170,27 +196,17 @@ def _typed_errors(uri: str) -> Iterator[None]:
         raise _describe(cause if is_inner and isinstance(cause, Exception) else error, uri) from error
 
 
-def read_bytes(uri: str, *, start: int = 0, length: int | None = None) -> bytes:
-    """The object's bytes, or up to `length` of them (to its end where None) from offset `start`.
-
-    A body that breaks off is asked for again, MAX_ATTEMPTS times in all.
-
-    Raises:
-        MissingObjectError: where the object is not there.
-        StorageError: for everything else that S3 can do wrong.
-    """
+def _get(uri: str, **options: str) -> tuple[bytes, str]:
+    """Return the body of an object and its ETag; read again, MAX_ATTEMPTS times in all, when the body breaks off."""
     bucket, key = parse_s3_uri(uri)
-    options: dict[str, str] = {}
-    if start or length is not None:
-        end = "" if length is None else str(start + length - 1)
-        options["Range"] = f"bytes={start}-{end}"
     for attempt in range(1, MAX_ATTEMPTS + 1):
         with _typed_errors(uri):
             try:
-                body: bytes = client().get_object(Bucket=bucket, Key=key, **options)["Body"].read()
+                answer = client().get_object(Bucket=bucket, Key=key, **options)
+                return answer["Body"].read(), str(answer["ETag"])
             except botocore.exceptions.ClientError as error:
-                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
-                    return b""  # nothing is stored behind `start`, for instance in an empty object
+                if _error_code(error) in ("InvalidRange", "416"):
+                    return b"", ""  # the object ends before the range starts, for instance because it is empty
                 raise
             except (
                 botocore.exceptions.IncompleteReadError,
@@ -200,32 +216,73 @@ def read_bytes(uri: str, *, start: int = 0, length: int | None = None) -> bytes:
                 if attempt == MAX_ATTEMPTS:
                     raise
                 logger.warning("reading %s broke off (%s), attempt %d", uri, type(error).__name__, attempt)
-            else:
-                return body
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Store `data` at `uri`; an object appears whole or not at all."""
-    bucket, key = parse_s3_uri(uri)
-    with _typed_errors(uri):
-        client().put_object(Bucket=bucket, Key=key, Body=data)
-
-
-def write_bytes_if_absent(uri: str, data: bytes) -> bool:
-    """Store `data` unless something is there already; True where this call stored it.
-
-    An answer that was lost on the way and asked for again counts as "already there": read the object to learn whose.
-    """
+def _put(uri: str, data: bytes, **condition: str) -> str | None:
+    """Store an object, whole or not at all; return its ETag, or None where the condition does not hold."""
     bucket, key = parse_s3_uri(uri)
     with _typed_errors(uri):
         try:
-            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return str(client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
         except botocore.exceptions.ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
-                return False
+            # AWS answers 404 to IfMatch where there is no object, and 409 where another conditional write is under way.
+            if condition and _error_code(error) in (
+                "PreconditionFailed",
+                "412",
+                "NoSuchKey",
+                "ConditionalRequestConflict",
+            ):
+                return None
             raise
-    return True
+
+
+def read_bytes(uri: str, *, start: int = 0, length: int | None = None) -> bytes:
+    """Return the object's bytes, or up to `length` of them (None: to its end) from offset `start`.
+
+    Raises:
+        MissingObjectError: where the object does not exist.
+        StorageError: for every other failure of S3.
+    """
+    if not start and length is None:
+        return _get(uri)[0]
+    return _get(uri, Range=f"bytes={start}-{'' if length is None else start + length - 1}")[0]
+
+
+def read_with_etag(uri: str) -> tuple[bytes, str]:
+    """Return the object's bytes and its ETag, which `write_bytes_if_match` takes.
+
+    Raises:
+        MissingObjectError: where the object does not exist.
+    """
+    return _get(uri)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Store `data` at `uri`; the object appears whole or not at all."""
+    _put(uri, data)
+
+
+def write_bytes_if_absent(uri: str, data: bytes) -> bool:
+    """Store `data` where no object exists yet; return True where this call stored it.
+
+    A write whose answer was lost and that boto3 sent again returns False: read the object to learn who wrote it.
+    """
+    return _put(uri, data, IfNoneMatch="*") is not None
+
+
+def write_bytes_if_match(uri: str, data: bytes, etag: str) -> str | None:
+    """Replace the object if it still has this ETag; return the new ETag, or None where the object has changed.
+
+    Put something unique into `data`, for instance a token and a counter: a write whose answer was lost is recognised
+    by its content.
+    """
+    written = _put(uri, data, IfMatch=etag)
+    if written is None:
+        with contextlib.suppress(MissingObjectError):
+            found, found_etag = read_with_etag(uri)
+            return found_etag if found == data else None
+    return written
 
 
 def delete(uri: str) -> None:
@@ -233,6 +290,25 @@ def delete(uri: str) -> None:
     bucket, key = parse_s3_uri(uri)
     with _typed_errors(uri):
         client().delete_object(Bucket=bucket, Key=key)
+
+
+def delete_prefix(uri: str) -> int:
+    """Remove every object under the folder `uri`; return how many there were.
+
+    Raises:
+        StorageError: where an object cannot be removed, or `uri` is a whole bucket.
+    """
+    bucket, prefix = parse_s3_uri(uri)
+    if not prefix:
+        raise StorageError(f"{uri} is a whole bucket: name a folder in it")
+    keys = [address.removeprefix(f"s3://{bucket}/") for address in list_prefix(uri)]
+    with _typed_errors(uri):
+        for first in range(0, len(keys), MAX_KEYS_PER_DELETE):
+            objects = [{"Key": key} for key in keys[first : first + MAX_KEYS_PER_DELETE]]
+            answer = client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            for failure in answer.get("Errors", []):
+                raise _describe_answer(failure["Code"], f"s3://{bucket}/{failure['Key']}", _where())
+    return len(keys)
 
 
 def read_json(uri: str) -> Any:
@@ -259,7 +335,7 @@ def bucket_exists(bucket: str) -> bool:
         try:
             client().head_bucket(Bucket=bucket)
         except botocore.exceptions.ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _MISSING_CODES | {"NoSuchBucket"}:
+            if _error_code(error) in _MISSING_CODES | {"NoSuchBucket"}:
                 return False
             raise
     return True
@@ -267,8 +343,7 @@ def bucket_exists(bucket: str) -> bool:
 
 def _require_bucket(bucket: str) -> None:
     if not bucket_exists(bucket):
-        where = endpoint_url() or f"AWS {region()}"
-        raise StorageError(f"bucket {bucket!r} does not exist at {where}: create it or name another one")
+        raise _describe_answer("NoSuchBucket", f"s3://{bucket}", _where())
 
 
 def exists(uri: str) -> bool:
@@ -282,7 +357,7 @@ def exists(uri: str) -> bool:
         try:
             client().head_object(Bucket=bucket, Key=key)
         except botocore.exceptions.ClientError as error:
-            if error.response.get("Error", {}).get("Code") not in _MISSING_CODES:
+            if _error_code(error) not in _MISSING_CODES:
                 raise
         else:
             return True
@@ -351,17 +426,18 @@ def upload_folder(folder: Path, uri: str) -> int:
 
 
 def download_folder(uri: str, folder: Path) -> int:
-    """Fetch every object under `uri` into `folder`; the number of files.
+    """Fetch every object under `uri` into `folder`; return the number of files.
 
     Raises:
-        MissingObjectError: where nothing is under `uri`.
+        MissingObjectError: where no object is under `uri`.
+        StorageError: where a key would lead out of `folder`.
     """
     root = uri.rstrip("/") + "/"
-    objects = list_prefix(uri)
-    if not objects:
-        raise MissingObjectError(f"nothing is stored under {root} at {endpoint_url() or 'AWS'}")
-    for address in objects:
-        if ".." in address[len(root) :].split("/"):
+    targets = {address: folder / address[len(root) :] for address in list_prefix(uri)}
+    if not targets:
+        raise MissingObjectError(f"nothing is stored under {root} at {_where()}")
+    for address, path in targets.items():
+        if not path.resolve().is_relative_to(folder.resolve()):  # "..", a double slash, or a link in the folder
             raise StorageError(f"{address} would be written outside {folder}: rename it")
-    _in_threads(lambda item: download_file(*item), [(item, folder / item[len(root) :]) for item in objects])
-    return len(objects)
+    _in_threads(lambda item: download_file(*item), list(targets.items()))
+    return len(targets)
