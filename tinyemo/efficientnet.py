@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 for inference: the one vision encoder whose real weights an ordinary package ships.
 
-The architecture is that of EfficientNet (arXiv 1905.11946) in its Lite form: no squeeze-and-excitation, ReLU6 for
-swish. Ours is written down to what inference at 224 pixels needs: no dropout, no classifier.
+The architecture is that of EfficientNet (arXiv 1905.11946) in its Lite form, without squeeze-and-excitation and with
+ReLU6 in place of swish. Only the layers that inference at 224 pixels needs are here: no dropout and no classifier.
 
 Shape letters: B batch, S side of the image in pixels, a multiple of 32.
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tinyemo.encoder_folders import EFFICIENTNET_WIDTH
 from tinyemo.errors import DataError
@@ -30,7 +31,7 @@ STAGES = (
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """By the running statistics, in float32 at least, whatever type the parameters were cast to.
+    """Batch norm that uses the running statistics and computes in float32 or wider, whatever the parameters' dtype.
 
     DeepSpeed casts parameters to bf16 and leaves buffers alone, a mixture that torch's own batch norm refuses.
     """
@@ -46,7 +47,7 @@ class _BatchNorm(nn.BatchNorm2d):
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Convolution and batch norm with TensorFlow's padding: an odd one has its greater part on the right and below."""
+    """Return padding, convolution and batch norm; as in TensorFlow, odd padding is larger on the right and below."""
     before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
     return [
         nn.ZeroPad2d((before, after, before, after)),
@@ -56,7 +57,7 @@ def _conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: in
 
 
 class _Block(nn.Module):
-    """Widen, convolve each channel by itself, narrow; added to its input where both have one shape."""
+    """Inverted residual block: widen, convolve each channel by itself, narrow, and add the input where shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Grid of features of normalised pixels; their mean over the grid is what the published classifier reads."""
+    """Network that maps normalised pixels to a grid of features; the published classifier reads the grid's mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,15 +92,38 @@ class EfficientNetLite0(nn.Module):
         return grid
 
     def load_published(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of the published state dict, which lists its layers in the order of ours, and a classifier.
+        """Load the published state dict, which has the same layers in the same order and a classifier at the end.
 
         Raises:
-            DataError: it has other layers.
+            DataError: the state dict has other layers.
         """
         published = {name: tensor for name, tensor in weights.items() if not name.startswith("_fc.")}
-        ours = self.state_dict()
-        if [tensor.shape for tensor in published.values()] != [tensor.shape for tensor in ours.values()]:
+        expected = self.state_dict()
+        if [tensor.shape for tensor in published.values()] != [tensor.shape for tensor in expected.values()]:
             raise DataError(
-                f"{len(published)} tensors are not the {len(ours)} of EfficientNet-Lite0: get the asset again"
+                f"{len(published)} tensors are not the {len(expected)} of EfficientNet-Lite0: get the asset again"
             )
-        self.load_state_dict(dict(zip(ours, published.values(), strict=True)))
+        self.load_state_dict(dict(zip(expected, published.values(), strict=True)))
+
+    def fuse(self) -> None:
+        """Make inference faster, in place: fold batch norms into convolutions, let these pad, store channels last.
+
+        The outputs stay the same up to rounding; the state dict does not, so an exported model is never fused.
+        """
+        _fuse_layers(self.layers)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fuse_layers(layers: nn.Sequential) -> None:
+    for index, layer in enumerate(layers):
+        if isinstance(layer, _Block):
+            _fuse_layers(layer.layers)
+        elif isinstance(layer, nn.ZeroPad2d):
+            conv, norm = layers[index + 1], layers[index + 2]
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, _BatchNorm)
+            fused = fuse_conv_bn_eval(conv, norm)
+            if len(set(layer.padding)) == 1:
+                fused.padding = layer.padding[:2]
+                layers[index] = nn.Identity()
+            layers[index + 1], layers[index + 2] = fused, nn.Identity()

@@ -1,7 +1,7 @@
 """Vision encoders: encoded images in, pooled and patch features out.
 
-CLIP, SigLIP and DINOv2 are transformers' own classes, loaded from a folder; EfficientNet-Lite0 is ours. Which feature
-is taken follows what TinyEmo reads (arXiv 2410.07062) and TinyLLaVA Factory's vision towers:
+CLIP, SigLIP and DINOv2 are transformers' own classes, loaded from a folder; EfficientNet-Lite0 is our own class. The
+features are those that TinyEmo reads (arXiv 2410.07062) and that TinyLLaVA Factory's vision towers yield:
 
 | kind | pooled (d) | patches (P, D) |
 |---|---|---|
@@ -15,7 +15,9 @@ Shape letters: B batch, S side of an image in pixels, P patches, D patch width, 
 
 from __future__ import annotations
 
+import logging
 import pickle
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,17 @@ from tinyemo.encoder_folders import describe_encoder, first_line
 from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderSpec
 from tinyemo.errors import DataError
 
+logger = logging.getLogger(__name__)
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Images per forward pass that `VisionEncoder.measure_batch_size` tries."""
+MAX_BATCH_SECONDS = 0.5
+"""No larger batch is tried after one that took as long."""
+
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder yields, float32 where nothing else is said.
+    """Features of a batch of images, float32 unless stated otherwise.
 
     Attributes:
         pooled: (B, d) float.
@@ -43,26 +52,78 @@ class Features:
 
 
 class VisionEncoder:
-    """A loaded encoder, in evaluation mode; the same pixels yield the same features, on one device."""
+    """A loaded encoder in evaluation mode; on one device the same pixels always give the same features.
 
-    def __init__(self, spec: EncoderSpec, network: nn.Module, device: torch.device) -> None:
+    Args:
+        spec: description of the encoder.
+        network: of the kind that `spec` names; it is changed in place where that makes inference faster.
+        device: device that encodes.
+        batch_size: images per forward pass; None measures which number is fastest on the device, at the first use.
+    """
+
+    def __init__(
+        self, spec: EncoderSpec, network: nn.Module, device: torch.device, batch_size: int | None = None
+    ) -> None:
         self.spec = spec
         self.device = device
-        self._network = network.eval().to(device)
+        self.batch_size = batch_size
+        self._network = network.eval()
+        if isinstance(network, EfficientNetLite0):
+            network.fuse()
+        self._network.to(device)
         self._mean = torch.tensor(spec.preprocessing.mean, device=device)
         self._std = torch.tensor(spec.preprocessing.std, device=device)
 
-    @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Features:
-        """Features, on CPU, of (B, S, S, 3) uint8 pixels as `read_pixels` makes them."""
+        """Return the features, on the CPU, of (N, S, S, 3) uint8 pixels from `read_pixels`, for any N > 0."""
+        if self.batch_size is None:
+            self.batch_size = self.measure_batch_size()
+        batches = [self._encode_batch(batch) for batch in pixels.split(self.batch_size)]  # type: ignore[no-untyped-call]
+        return Features(
+            torch.cat([batch.pooled.float().cpu() for batch in batches]),
+            torch.cat([batch.patches.float().cpu() for batch in batches]),
+        )
+
+    def measure_batch_size(self) -> int:
+        """Return the batch size that encodes the most images per second on this device.
+
+        On a CPU that is a small one, whose activations stay in the cache; on a GPU a large one, which fills it. Sizes
+        1, 2, 4 ... are tried until one is clearly slower per image than the best, takes long or does not fit.
+        """
+        side = self.spec.preprocessing.crop
+        best_size, best_rate = 1, 0.0
+        for size in BATCH_SIZES:
+            pixels = torch.randint(256, (size, side, side, 3), dtype=torch.uint8)
+            try:
+                self._encode_batch(pixels)  # selects and compiles kernels
+                seconds = min(self._time_batch(pixels) for _ in range(3))
+            except torch.OutOfMemoryError:
+                break
+            rate = size / seconds
+            if rate > best_rate:
+                best_size, best_rate = size, rate
+            elif rate < 0.8 * best_rate:
+                break
+            if seconds > MAX_BATCH_SECONDS:
+                break
+        logger.info("encoding in batches of %d: %.0f images/s on %s", best_size, best_rate, self.device)
+        return best_size
+
+    def _time_batch(self, pixels: Tensor) -> float:
+        started = time.perf_counter()
+        self._encode_batch(pixels).pooled.cpu()
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def _encode_batch(self, pixels: Tensor) -> Features:
         scaled = (pixels.to(self.device, torch.float32) / 255 - self._mean) / self._std
-        values = scaled.permute(0, 3, 1, 2).contiguous()
-        features = run_network(self.spec.kind, self._network, values)
-        return Features(features.pooled.float().cpu(), features.patches.float().cpu())
+        values = scaled.permute(0, 3, 1, 2)  # this view is channels last
+        is_last = self.spec.kind == EFFICIENTNET_LITE0
+        return run_network(self.spec.kind, self._network, values if is_last else values.contiguous())
 
 
 def run_network(kind: str, network: nn.Module, values: Tensor) -> Features:
-    """Features, in the network's type and on its device, of (B, 3, S, S) normalised pixels."""
+    """Return the features of (B, 3, S, S) normalised pixels, in the network's dtype and on its device."""
     if kind == EFFICIENTNET_LITE0:
         grid = network(values)
         return Features(grid.mean(dim=(2, 3)), grid.flatten(2).transpose(1, 2))
@@ -72,20 +133,22 @@ def run_network(kind: str, network: nn.Module, values: Tensor) -> Features:
     return Features(pooled, patches if kind == "siglip" else patches[:, 1:])
 
 
-def load_encoder(folder: Path, spec: EncoderSpec, device: torch.device | str = "cpu") -> VisionEncoder:
-    """The encoder in a folder, ready to run.
+def load_encoder(
+    folder: Path, spec: EncoderSpec, device: torch.device | str = "cpu", batch_size: int | None = None
+) -> VisionEncoder:
+    """Load the encoder in a folder; see `VisionEncoder` for the arguments.
 
     Raises:
         DataError: the folder does not hold the encoder that `spec` describes, or lacks some of its weights.
     """
-    return VisionEncoder(spec, load_network(folder, spec), torch.device(device))
+    return VisionEncoder(spec, load_network(folder, spec), torch.device(device), batch_size)
 
 
 def load_network(folder: Path, spec: EncoderSpec) -> nn.Module:
-    """The network of the encoder in a folder, float32 on CPU.
+    """Load the network of the encoder in a folder, float32 on the CPU.
 
     Raises:
-        DataError: as `load_encoder`.
+        DataError: see `load_encoder`.
     """
     known = spec.info.revision if not spec.info.revision.startswith("sha256-") else None
     found = describe_encoder(folder, name=spec.info.name, revision=known)
@@ -95,10 +158,10 @@ def load_network(folder: Path, spec: EncoderSpec) -> nn.Module:
 
 
 def build_network(kind: str, config: Any) -> nn.Module:
-    """A network of fresh random weights.
+    """Build a network with random weights.
 
     Args:
-        kind: of an EncoderSpec.
+        kind: kind of an EncoderSpec.
         config: transformers' configuration of the vision tower; EfficientNet-Lite0 takes none.
     """
     if kind == EFFICIENTNET_LITE0:
@@ -118,17 +181,22 @@ def _load_efficientnet(folder: Path) -> nn.Module:
 
 
 def _tower_class(kind: str) -> Any:
-    """transformers' class of a vision tower that yields what the table above says."""
+    """Return transformers' class of a vision tower that yields the features in the table above."""
     from transformers import CLIPVisionModelWithProjection, Dinov2Model, SiglipVisionModel
 
     return {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}[kind]
 
 
 def _load_tower(folder: Path, kind: str) -> nn.Module:
-    """A vision tower out of safetensors; no pickle is opened and no code of the folder runs."""
+    """Load a vision tower from safetensors; no pickle is opened and no code of the folder runs."""
     try:
         network, report = _tower_class(kind).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder} holds no {kind} tower that can be loaded: {first_line(error)}") from error

@@ -23,7 +23,9 @@ CpusOption = Annotated[float, typer.Option(help="CPUs of one actor; also its thr
 GpusOption = Annotated[
     float | None, typer.Option(help="GPUs, or a fraction.  [default: 1 where the cluster has one, else 0]")
 ]
-BatchSizeOption = Annotated[int, typer.Option(help="Images of one forward pass.")]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(help="Images per forward pass.  [default: measured on the device]", min=1)
+]
 
 
 def features(
@@ -47,7 +49,7 @@ def features(
     num_actors: ActorsOption = None,
     cpus_per_actor: CpusOption = 1.0,
     gpus_per_actor: GpusOption = None,
-    batch_size: BatchSizeOption = 32,
+    batch_size: BatchSizeOption = None,
     is_forced: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:

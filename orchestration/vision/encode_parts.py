@@ -40,6 +40,10 @@ NOTES = ".parts"
 """Folder, inside a version that is not whole yet, of one JSON note per part that is done."""
 
 
+CHUNK_IMAGES = 32
+"""Images whose pixels are collected before they are encoded."""
+
+
 class PoolConfig(Section):
     """The actors that encode, and what each of them gets."""
 
@@ -49,8 +53,8 @@ class PoolConfig(Section):
     """CPUs that Ray sets aside for one actor; also its threads, at least one."""
     gpus_per_actor: float | None = Field(None, ge=0)
     """GPUs, or a fraction of one; None: one where the cluster has GPUs, else none."""
-    batch_size: PositiveInt = 32
-    """Images of one forward pass."""
+    batch_size: PositiveInt | None = None
+    """Images per forward pass; None: each actor measures which number is fastest on its device."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class PartEncoder:
             import torch
 
             torch.set_num_threads(self.job.num_threads)
-            self.encoder = open_choice(self.job.choice, self.job.spec, self.device)
+            self.encoder = open_choice(self.job.choice, self.job.spec, self.device, self.job.pool.batch_size)
         return self.encoder
 
 
@@ -160,7 +164,7 @@ def _encode(job: FeatureJob, encoder: VisionEncoder, part: Part, images: list[by
     with ThreadPoolExecutor(job.num_threads) as threads, pq.ParquetWriter(path, schema, **options) as writer:
         # Decoded ahead of the network: Pillow lets go of the interpreter while it works.
         coming = [threads.submit(read_pixels, image, job.spec.preprocessing) for image in images]
-        for batch, pixels in _batches(part, coming, job.pool.batch_size, rejections):
+        for batch, pixels in _batches(part, coming, CHUNK_IMAGES, rejections):
             features = encoder.encode(torch.from_numpy(pixels))
             vectors, patches = features.pooled.half().numpy(), features.patches.half().numpy()
             is_good = np.isfinite(vectors).all(axis=1)

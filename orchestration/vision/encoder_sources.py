@@ -60,7 +60,7 @@ def describe_choice(choice: EncoderChoice) -> EncoderSpec:
     return describe_encoder(folder, name=_public_name(choice), revision=choice.revision)
 
 
-def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str) -> VisionEncoder:
+def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str, batch_size: int | None = None) -> VisionEncoder:
     """The encoder with its weights, on any node.
 
     Raises:
@@ -69,7 +69,7 @@ def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str) -> Vision
     """
     from tinyemo.vision import load_encoder
 
-    return load_encoder(fetch(choice, CONFIG_FILES + WEIGHT_FILES), spec, device)
+    return load_encoder(fetch(choice, CONFIG_FILES + WEIGHT_FILES), spec, device, batch_size)
 
 
 def _public_name(choice: EncoderChoice) -> str:

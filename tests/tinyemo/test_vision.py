@@ -32,7 +32,7 @@ from tinyemo.encoders import (
 )
 from tinyemo.errors import DataError
 from tinyemo.images import UnreadableImageError, read_pixels
-from tinyemo.vision import VisionEncoder, load_encoder
+from tinyemo.vision import BATCH_SIZES, VisionEncoder, load_encoder, load_network, run_network
 
 TINY = {
     "hidden_size": 32,
@@ -282,6 +282,62 @@ def test_efficientnet_yields_a_grid_and_its_mean(wheels: Path) -> None:
         grid = network(((torch.from_numpy(pixels).float() - 127) / 128).permute(0, 3, 1, 2))
     for row, column in ((0, 0), (0, 6), (2, 5), (6, 6)):  # row after row
         torch.testing.assert_close(features.patches[:, 7 * row + column], grid[:, :, row, column], atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def random_efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an EfficientNet-Lite0 whose batch norms hold statistics that are worth folding."""
+    folder = tmp_path_factory.mktemp("random-efficientnet")
+    torch.manual_seed(0)
+    network = EfficientNetLite0()
+
+    def take_statistics(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)) + 0.01)
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(take_statistics)
+    with torch.no_grad():
+        network(torch.randn(4, 3, 224, 224))
+    torch.save(network.state_dict(), folder / EFFICIENTNET_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32, None])
+def test_a_fused_efficientnet_in_small_batches_yields_what_the_plain_one_does(
+    batch_size: int | None, random_efficientnet: Path
+) -> None:
+    spec = describe_encoder(random_efficientnet, name=EFFICIENTNET_LITE0)
+    pixels = torch.randint(256, (5, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    network = load_network(random_efficientnet, spec).eval()
+    mean, std = torch.tensor(spec.preprocessing.mean), torch.tensor(spec.preprocessing.std)
+    values = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    with torch.inference_mode():
+        expected = run_network(spec.kind, network, values)
+    encoder = load_encoder(random_efficientnet, spec, batch_size=batch_size)
+    found = encoder.encode(pixels)
+    assert expected.pooled.std() > 0.01
+    assert encoder.batch_size in BATCH_SIZES if batch_size is None else encoder.batch_size == batch_size
+    torch.testing.assert_close(found.pooled, expected.pooled, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.patches, expected.patches, atol=1e-4, rtol=0)
+
+
+def test_the_batch_size_is_the_one_that_encodes_the_most_images_per_second(
+    monkeypatch: pytest.MonkeyPatch, random_efficientnet: Path
+) -> None:
+    """A device whose cache holds four images: larger batches are slower per image, and none over 16 is tried."""
+    tried: list[int] = []
+
+    def seconds_of_a_batch(self: VisionEncoder, pixels: torch.Tensor) -> float:
+        tried.append(len(pixels))
+        return len(pixels) * (0.02 if len(pixels) <= 4 else 0.03) + 0.01
+
+    monkeypatch.setattr(VisionEncoder, "_time_batch", seconds_of_a_batch)
+    monkeypatch.setattr(VisionEncoder, "_encode_batch", lambda self, pixels: None)
+    spec = describe_encoder(random_efficientnet, name=EFFICIENTNET_LITE0)
+    assert load_encoder(random_efficientnet, spec).measure_batch_size() == 4
+    assert max(tried) <= 16
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
