@@ -46,6 +46,8 @@ class LabelConfig(Section):
     """word, emotion, image, scene, or a text with {emotion} in it."""
     taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
     """The labels that are told apart."""
+    words: tuple[str, ...] = ()
+    """Labels of your own, at least two; empty takes those of the taxonomy."""
     synonyms_probability: float = Field(0.0, ge=0, le=1)
     """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
     taxonomy_augmentation: float = Field(0.0, ge=0, le=1)

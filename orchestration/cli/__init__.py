@@ -19,6 +19,7 @@ from orchestration.cli.ingest import ingest_app
 from orchestration.cli.ingest_instruct import instruct_command
 from orchestration.cli.ingest_oasis import oasis_command
 from orchestration.cli.platform import platform_app
+from orchestration.cli.recipes import recipes_app
 from orchestration.cli.stream import stream
 from orchestration.cli.train import family, train
 from orchestration.cli.tune import tune
@@ -36,6 +37,7 @@ app.add_typer(assets_app, name="assets")
 ingest_app.command("instruct")(instruct_command)
 ingest_app.command("oasis")(oasis_command)
 app.add_typer(ingest_app, name="ingest")
+app.add_typer(recipes_app, name="recipes")
 app.command()(features)
 app.command()(train)
 app.command()(family)

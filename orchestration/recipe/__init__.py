@@ -1,5 +1,6 @@
-"""The recipe: one validated configuration for a run, read from TOML and `--set section.key=value`."""
+"""The recipe: the validated configuration of a run, read from TOML and `--set section.key=value`."""
 
+from orchestration.recipe.data_config import DataConfig, RecordsConfig
 from orchestration.recipe.recipe import (
     CheckpointConfig,
     FamilyConfig,
@@ -11,10 +12,11 @@ from orchestration.recipe.recipe import (
     parse_size,
     recipe_path,
     recipes_of_sizes,
+    shipped_recipes,
     to_toml,
 )
 
 __all__ = [
-    "CheckpointConfig", "FamilyConfig", "Recipe", "TrainConfig", "WorkersConfig",
-    "load_recipe", "parse_recipe", "parse_size", "recipe_path", "recipes_of_sizes", "to_toml",
+    "CheckpointConfig", "DataConfig", "FamilyConfig", "Recipe", "RecordsConfig", "TrainConfig", "WorkersConfig",
+    "load_recipe", "parse_recipe", "parse_size", "recipe_path", "recipes_of_sizes", "shipped_recipes", "to_toml",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run is one Recipe: read from TOML and `--set section.key=value`, and nothing else configures it."""
+"""The Recipe: the whole configuration of a run, read from TOML and `--set section.key=value`."""
 
 from __future__ import annotations
 
@@ -7,75 +7,95 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from orchestration.recipe.data_config import DataConfig, RecordsConfig
 from orchestration.recipe.engine_config import EngineConfig, OptimizerConfig
 from orchestration.recipe.stage_config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
-from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
+from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml, toml_lines
 from orchestration.search.space import SearchConfig, space_problems
-from orchestration.streaming.feature_stream import DataConfig
-from orchestration.streaming.record_stream import RecordsConfig
 from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 
+NOT_IN_DIGEST: Any = {
+    "experiment": True,
+    "checkpoint": True,
+    "train": {"log_every_steps"},
+    "workers": {"max_failures", "start_timeout_s", "timeout_s"},
+}
+SHARED_SECTIONS = {"name", "experiment", "train", "engine", "workers", "checkpoint"}
+PROJECTOR_SECTIONS = SHARED_SECTIONS | {"data", "labels", "projector", "loss", "optimizer"}
+REASONER_SECTIONS = SHARED_SECTIONS | {"records", "reasoner", "stages", "evaluation"}
+READING_SECTIONS = {"name", "records", "train", "workers", "checkpoint"}
+
 
 class TrainConfig(Section):
-    """How long and in what steps."""
+    """Length of the training and size of its steps."""
 
     global_batch_size: PositiveInt = 32
-    """Samples per optimizer step, over all ranks. Contrastive losses need a step's samples at once, so a step is one
-    forward pass: each rank takes global_batch_size / num_workers."""
+    """Samples per optimizer step, over all ranks. A contrastive loss compares all samples of a step, so a step is one
+    forward pass of global_batch_size / num_workers samples on each rank. Stages have a batch of their own."""
     num_epochs: PositiveFloat = 5
-    """Passes over the train split that the learning-rate schedule spans."""
+    """Passes over the train split; the learning-rate schedule spans all of them. Stages have a number of their own."""
     refit: bool = False
-    """Train the final model on train and validation, for as many epochs as the best one by validation."""
+    """Whether to train the final projector on train and validation together, up to the epoch that validated best."""
     seed: NonNegativeInt = 0
-    """Of initial weights, sample order and dropout."""
+    """Seed of initial weights, sample order and dropout."""
+    log_every_steps: PositiveInt | None = None
+    """Optimizer steps between two points of a curve in MLflow; not set logs about every ten seconds."""
 
 
 class WorkersConfig(Section):
-    """The workers of Ray Train."""
+    """The workers that Ray Train starts, one for each rank."""
 
     num_workers: PositiveInt = 2
-    """Ranks; each takes a GPU where the cluster has as many, else CPU threads."""
+    """Number of ranks."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """Device of a rank; auto takes a GPU if the cluster has, or can start, one for each rank. Decided once per run."""
     cpus_per_worker: PositiveFloat = 0.5
-    """CPUs Ray sets aside for one rank; reading asks for none."""
+    """CPUs that Ray sets aside for each rank; reading tasks ask for none."""
     max_failures: NonNegativeInt = 2
-    """Times a run goes on from its last checkpoint after it lost a worker."""
+    """Restarts from the newest checkpoint after a worker, a node or the network was lost."""
+    start_timeout_s: PositiveFloat = 1800
+    """Seconds to wait until the cluster has started the workers' nodes."""
+    timeout_s: PositiveFloat = 1800
+    """Seconds until a collective operation fails because a rank does not answer."""
 
 
 class CheckpointConfig(Section):
-    """When a run's state goes to S3."""
+    """When the state of a run is saved to S3."""
 
     every_steps: NonNegativeInt = 0
-    """Optimizer steps between checkpoints inside an epoch; 0 for one at each epoch's end only."""
+    """Optimizer steps between two checkpoints; 0 for none but those by time and at the end of an epoch."""
+    every_minutes: NonNegativeFloat = 15
+    """Minutes of training between two checkpoints at most; 0 for no limit."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     root: str = Field("s3://tinyemo/runs", pattern=r"^s3://[^/]+/.+")
-    """S3 folder of the runs."""
+    """S3 folder that holds the runs."""
 
 
 class FamilyConfig(Section):
-    """The sizes of `tinyemo family`."""
+    """The sizes that `tinyemo family` trains."""
 
     sizes: tuple[str, ...] = tuple(FAMILY)
-    """Names of the family table."""
+    """Names of the sizes."""
     random_weights: bool = False
-    """Whether sizes whose embedding table is out of reach run with seeded random vectors, tagged so."""
+    """Whether a size whose weights cannot be fetched trains with seeded random ones; its results are tagged so."""
     overrides: dict[str, tuple[str, ...]] = Field({})
-    """By size, what its run has in place of the recipe's own, each as `--set` takes it: section.field=value."""
+    """Changes to the recipe by size, each as `--set` takes it: section.field=value."""
     registered_name: str = "tinyemo-projector"
-    """Registered model in MLflow whose alias champion points to the best."""
+    """Registered model in MLflow; its alias champion points to the best size."""
 
 
 class Recipe(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
-    """Of the run, in S3 and MLflow: lower-case letters, digits, dot, dash, underscore."""
+    """Name of the run in S3 and MLflow: lower-case letters, digits, dot, dash, underscore."""
     experiment: str = "tinyemo"
     """MLflow experiment."""
     data: DataConfig = DataConfig()
@@ -92,7 +112,7 @@ class Recipe(Section):
     search: SearchConfig = SearchConfig()
     reasoner: ReasonerSource = ReasonerSource()
     stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], StageConfig] = Field({})
-    """Stages of the reasoning model's training, in this order; a recipe without any trains a projector."""
+    """Stages that train a reasoning model, in this order; a recipe without stages trains a projector."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -103,7 +123,7 @@ class Recipe(Section):
         return self
 
     def conflicts(self) -> list[str]:
-        """What two fields say that cannot both be, one line each."""
+        """Return one line for each conflict between fields, which each on its own is valid."""
         found = stage_problems(self.stages, self.reasoner, self.workers.num_workers)
         batch, workers = self.train.global_batch_size, self.workers.num_workers
         if batch % workers and not self.stages:
@@ -137,42 +157,55 @@ class Recipe(Section):
                 f"data.validation_fraction {self.data.validation_fraction}"
             )
         found += space_problems(self.search.space)
-        if self.train.refit and not self.data.validation_fraction:
+        if self.train.refit and not self.has_validation():
             found.append("train.refit: needs data.validation_fraction above 0 to find the best epoch")
+        if self.data.validation_split is not None and self.search.num_folds > 1:
+            found.append("search.num_folds: folds are parts of train, so data.validation_split allows only 1")
         return found
 
+    def has_validation(self) -> bool:
+        """Return whether a projector trained by this recipe is measured on validation rows."""
+        return self.data.validation_split is not None or self.data.validation_fraction > 0
+
+    def used_sections(self, command: str = "train") -> set[str]:
+        """Return the fields that `tinyemo COMMAND` reads, and all others that the recipe sets."""
+        used = REASONER_SECTIONS if self.stages else PROJECTOR_SECTIONS
+        used = {"stream": READING_SECTIONS, "family": used | {"family"}, "tune": used | {"search"}}.get(command, used)
+        return used | {name for name, field in Recipe.model_fields.items() if getattr(self, name) != field.default}
+
     def digest(self) -> str:
-        """sha256 over every field but those that may change on resume without changing the result."""
-        content = self.model_dump(
-            mode="json", exclude={"experiment": True, "checkpoint": True, "workers": {"max_failures"}}
-        )
+        """Return the sha256 of all fields except those that may change on resume without changing the result."""
+        content = self.model_dump(mode="json", exclude=NOT_IN_DIGEST)
         # Tables have no order of their own in JSON, and stages do.
         content["stages"] = list(content["stages"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return the file of each recipe that comes with this package, by name."""
+    folder = Path(str(resources.files("orchestration"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def recipe_path(name_or_path: str) -> Path:
-    """A recipe file: the path itself, or a shipped recipe by its name.
+    """Return the file of a recipe: the path itself, or that of a shipped recipe.
 
     Raises:
-        ConfigError: neither exists.
+        ConfigError: if neither exists.
     """
-    path = Path(name_or_path)
+    path, shipped = Path(name_or_path), shipped_recipes()
     if path.is_file():
         return path
-    shipped = Path(str(resources.files("orchestration"))) / "recipes"
-    candidate = shipped / f"{path.stem}.toml"
-    if candidate.is_file() and path.parent == Path():
-        return candidate
-    names = ", ".join(sorted(p.stem for p in shipped.glob("*.toml")))
-    raise ConfigError(f"no recipe at {name_or_path}; give a TOML file, or one of the shipped: {names}")
+    if path.parent == Path() and path.stem in shipped:
+        return shipped[path.stem]
+    raise ConfigError(f"no recipe at {name_or_path}; give a TOML file, or a shipped recipe: {', '.join(shipped)}")
 
 
 def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
-    """The validated recipe with `--set` overrides laid over the file.
+    """Read a recipe file, apply `--set` overrides and validate the result.
 
     Raises:
-        ConfigError: all that is wrong with it, one line a field.
+        ConfigError: lists all errors, one line per field.
     """
     path = recipe_path(name_or_path)
     content = read_toml(path)
@@ -182,15 +215,15 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 
 def parse_recipe(content: dict[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
-    """The validated recipe of nested tables; every error at once, also those between sections."""
+    """Validate nested tables as a recipe; the error lists all problems, including those between sections."""
     return parse_section(Recipe, content, source=source, problems=problems, required={"name": "unnamed"})
 
 
 def parse_size(recipe: Recipe, size: str, content: dict[str, Any]) -> Recipe:
-    """The recipe of one size of a family, with family.overrides of that size laid over its tables.
+    """Validate the recipe of one size of a family, after applying `family.overrides` of that size.
 
     Raises:
-        ConfigError: all that is wrong with it, one line a field.
+        ConfigError: lists all errors, one line per field.
     """
     found = lay_over(content, recipe.family.overrides.get(size, ()), Recipe)
     problems = [f"family.overrides.{size}: {problem.removeprefix('--set ')}" for problem in found]
@@ -198,13 +231,10 @@ def parse_size(recipe: Recipe, size: str, content: dict[str, Any]) -> Recipe:
 
 
 def recipes_of_sizes(recipe: Recipe, of_size: Callable[[Recipe, str], Recipe]) -> list[Recipe]:
-    """A recipe for each size of a family; what is wrong with any of them comes at once.
-
-    Args:
-        of_size: makes the recipe of one size.
+    """Make the recipe of every size of a family with `of_size`; one error reports all sizes that cannot run.
 
     Raises:
-        AssetError, ConfigError: what `of_size` raised; a ConfigError with all of it where several sizes cannot run.
+        AssetError, ConfigError: raised by `of_size`; a single ConfigError if several sizes failed.
     """
     children, errors = [], []
     for size in recipe.family.sizes:
@@ -220,19 +250,6 @@ def recipes_of_sizes(recipe: Recipe, of_size: Callable[[Recipe, str], Recipe]) -
     return children
 
 
-def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML that `load_recipe` takes as it is."""
-    lines, tables = [], []
-    for key, value in recipe.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            tables += ["", f"[{key}]", *(f"{k} = {_inline(v)}" for k, v in value.items() if v is not None)]
-        else:
-            lines.append(f"{key} = {json.dumps(value)}")
-    return "\n".join([*lines, *tables]) + "\n"
-
-
-def _inline(value: Any) -> str:
-    """One value as TOML; a table goes in one line, and none is left out."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_inline(v)}" for k, v in value.items() if v is not None) + "}"
-    return json.dumps(value)
+def to_toml(recipe: Recipe, command: str = "train") -> str:
+    """Return every field of the sections that `tinyemo COMMAND` reads as TOML; `load_recipe` gives the same recipe."""
+    return "\n".join(toml_lines(recipe, only=recipe.used_sections(command))) + "\n"

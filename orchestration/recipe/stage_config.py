@@ -1,4 +1,4 @@
-"""What a recipe says about the reasoning model: where it starts from, and its stages."""
+"""Sections of a recipe about the reasoning model: its parts, its stages and its evaluation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PUBLISHED: dict[Trains, dict[str, Any]] = {
     "last_layers": {"global_batch_size": 128, "learning_rate": 2e-5, "gradient_checkpointing": True},
     "lora": {"global_batch_size": 128, "learning_rate": 2e-4, "gradient_checkpointing": True},
 }
-"""TinyLLaVA Factory's values (TinyEmo's own are not published): what a stage has where the recipe says nothing."""
+"""Defaults of a stage by what it trains: the values of TinyLLaVA Factory, since TinyEmo's own are not published."""
 
 
 class ReasonerSource(Section):
-    """What the reasoning model is made of."""
+    """The parts of the reasoning model."""
 
     llm: str = "smollm2-135m"
     """An asset's name, an absolute folder, s3://bucket/folder, owner/name on the hub, or random:PRESET for seeded
@@ -34,56 +34,59 @@ class ReasonerSource(Section):
     vision_revision: str | None = None
     """Commit of a hub repository, 40 hexadecimal digits."""
     connector: Literal["identity", "linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    """Between patches and the language model's input embeddings."""
+    """Module that maps patch features to the language model's input embeddings."""
 
 
 class LoraConfig(Section):
     """Low-rank adapters on every linear layer of the language model's blocks."""
 
     rank: PositiveInt = 128
-    """Columns of an adapter."""
+    """Rank of each adapter."""
     alpha: PositiveFloat = 256
-    """An adapter counts alpha / rank times."""
+    """Scale: the output of an adapter is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Of an adapter's input. Above 0, losses depend on the number of workers."""
+    """Dropout probability on an adapter's input. Above 0, losses depend on the number of workers."""
 
 
 class StageConfig(Section):
-    """One stage of training; the vision tower is frozen in each."""
+    """One stage of training. The vision tower is frozen in every stage."""
 
     trains: Trains = "connector"
-    """Beside the connector, which every stage trains: nothing, the whole language model, adapters on it, or its last
-    layers."""
+    """Parameters trained beside the connector, which every stage trains: none (connector), the whole language model
+    (llm), adapters on it (lora), or its last layers (last_layers)."""
     num_layers: PositiveInt = 4
-    """Last layers of the language model that `last_layers` trains."""
+    """Number of last layers of the language model that `trains = "last_layers"` trains."""
     lora: LoraConfig = LoraConfig()
-    """Of `lora`."""
+    """Adapters of `trains = "lora"`."""
     datasets: tuple[str, ...] = ()
-    """S3 addresses of instruct data sets; empty for those of records.datasets."""
+    """S3 addresses of instruct data sets; empty takes records.datasets."""
     images: bool = True
-    """Off: images and their tokens are left out and the connector is not trained, for a model of text alone to measure
-    against."""
+    """Whether the model sees images. false leaves out images and their tokens and does not train the connector, for a
+    text-only baseline."""
     template: TemplateName | None = None
-    """Chat template; none for that of records.template."""
+    """Chat template; not set takes records.template."""
     global_batch_size: PositiveInt = 256
-    """Records per optimizer step, over all ranks. Default: published, 256 for a connector, 128 for the rest."""
+    """Records per optimizer step, over all ranks. Default: 256 for a connector, else 128."""
     micro_batch_size: PositiveInt = 8
-    """Records of one forward pass on one rank."""
+    """Records per forward pass on one rank."""
     num_epochs: PositiveFloat = 1
     """Passes over the data sets."""
     num_steps: PositiveInt | None = None
-    """Optimizer steps instead of num_epochs."""
+    """Optimizer steps; if set, num_epochs has no effect."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest, after warm-up. Default: published, 1e-3 for a connector, 2e-4 for adapters, 2e-5 for the rest."""
+    """Learning rate after warm-up. Default: 1e-3 for a connector, 2e-4 for adapters, else 2e-5."""
     connector_learning_rate: PositiveFloat | None = None
-    """Of the connector; none for learning_rate."""
+    """Learning rate of the connector; not set takes learning_rate."""
     warm_up: float = Field(0.03, ge=0, lt=1)
-    """Part of the steps before the highest rate; behind it the rate follows a half cosine down to 0."""
+    """Share of the steps in which the rate rises; after that it follows half a cosine down to 0."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay, per unit of learning rate."""
+    """Decoupled weight decay, per unit of learning rate."""
+    gradient_clipping: NonNegativeFloat = 0.0
+    """Largest L2 norm of the gradient over all trained parameters; a larger gradient is scaled down to it. 0: no
+    clipping."""
     gradient_checkpointing: bool = False
-    """Activations of the language model's blocks are computed again in the backward pass. Default: off for a connector,
-    on for the rest."""
+    """Whether the backward pass recomputes the activations of the language model's blocks, which saves memory. Default:
+    false for a connector, else true."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,11 +95,11 @@ class StageConfig(Section):
         return {**PUBLISHED[trains], **content} if trains in PUBLISHED else content
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on one rank; `stage_problems` says where they do not divide."""
+        """Micro-batches per optimizer step on one rank; `stage_problems` reports a batch that does not divide."""
         return self.global_batch_size // (self.micro_batch_size * world_size)
 
     def rate_factor(self, step: int, num_steps: int) -> float:
-        """What of the highest rate step `step` of `num_steps` has: linear warm-up, then half a cosine; in [0, 1]."""
+        """Learning-rate multiplier at `step`: linear warm-up, then half a cosine; in [0, 1]."""
         num_warm_up = math.ceil(self.warm_up * num_steps)
         if step < num_warm_up:
             return (step + 1) / num_warm_up
@@ -104,16 +107,16 @@ class StageConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Records that are held out of training."""
+    """Splits that are held out of training."""
 
     validation: str = "validation"
-    """Split that each epoch ends with; empty for none."""
+    """Split to measure after each epoch; empty for none."""
     test: str = "test"
-    """Split that is read once, when the last stage has ended; empty for none."""
+    """Split to measure once, after the last stage; empty for none."""
 
 
 def stage_problems(stages: dict[str, StageConfig], source: ReasonerSource, world_size: int) -> list[str]:
-    """What the stages of a recipe say that cannot be, one line each."""
+    """Return one line for each value of the stages that cannot work."""
     found = []
     for name, stage in stages.items():
         per_step = stage.micro_batch_size * world_size
@@ -123,12 +126,10 @@ def stage_problems(stages: dict[str, StageConfig], source: ReasonerSource, world
                 f"workers.num_workers = {stage.micro_batch_size} x {world_size} = {per_step}"
             )
         if stage.trains == "connector" and not stage.images:
-            found.append(
-                f"stages.{name}.images: off leaves the connector, which this stage trains, nothing to learn from"
-            )
+            found.append(f"stages.{name}.images: false leaves the connector, which this stage trains, without input")
         if stage.trains == "connector" and source.connector == "identity":
-            found.append(f"stages.{name}.trains: the connector, and reasoner.connector identity has nothing to train")
+            found.append(f"stages.{name}.trains: connector, but reasoner.connector identity has no parameters")
     for field, revision in (("llm", source.llm_revision), ("vision", source.vision_revision)):
         if revision is not None and not (len(revision) == 40 and set(revision) <= set("0123456789abcdef")):
-            found.append(f"reasoner.{field}_revision: {revision!r} is no commit, 40 hexadecimal digits")
+            found.append(f"reasoner.{field}_revision: {revision!r} is not a commit of 40 hexadecimal digits")
     return found

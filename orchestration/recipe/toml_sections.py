@@ -1,10 +1,12 @@
-"""Sections of configuration from TOML and `--set key=value`; all that is wrong with one is said at once."""
+"""Configuration sections from TOML and `--set key=value`, and back to TOML. An error lists every problem at once."""
 
 from __future__ import annotations
 
 import copy
+import json
+import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -20,21 +22,21 @@ Loc = tuple[int | str, ...]
 
 
 def read_toml(path: Path) -> Tables:
-    """The tables of a file.
+    """Read the tables of a TOML file.
 
     Raises:
-        ConfigError: it cannot be read, or is not TOML.
+        ConfigError: if it cannot be read or parsed.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no TOML file that can be read ({error})") from error
+        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
 
 
 def lay_over(content: Tables, overrides: Iterable[str], model: type[Section]) -> list[str]:
-    """Lay each `key=value` or `table.key=value` over the tables of a model; what is wrong with them, a line each.
+    """Apply each `key=value` or `table.key=value` to `content` in place, and return one line per malformed override.
 
-    What a table has by default stays, but for the key.
+    An override changes its key alone: other keys of the table keep their defaults.
     """
     return [problem for text in overrides if (problem := _override(content, text, model))]
 
@@ -59,7 +61,7 @@ def _override(content: Tables, text: str, model: type[Section] | None) -> str | 
 
 
 def _default_table(model: type[Section] | None, name: str) -> Any:
-    """What stands under a name where a file says nothing; a section only with what its default has of its own."""
+    """Return the default value of a field; of a section only the fields that its default sets."""
     field = model.model_fields.get(name) if model else None
     default = None if field is None or field.is_required() else field.get_default(call_default_factory=True)
     if isinstance(default, Section):
@@ -68,7 +70,7 @@ def _default_table(model: type[Section] | None, name: str) -> Any:
 
 
 def _section_class(model: type[Section] | None, name: int | str) -> type[Section] | None:
-    """The class of the section under a name; None where there is a value, a plain table or nothing."""
+    """Return the class of the section under a name; None for a value, a plain table or an unknown name."""
     field = model.model_fields.get(str(name)) if model else None
     kind = field.annotation if field else None
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
@@ -78,18 +80,18 @@ def _section_class(model: type[Section] | None, name: int | str) -> type[Section
 def parse_section(
     model: type[S], content: Tables, *, source: str, problems: Sequence[str] = (), required: Tables | None = None
 ) -> S:
-    """The validated section of nested tables.
+    """Validate nested tables as a section.
 
     Args:
-        model: its class.
-        content: its tables.
-        source: where they come from, for the error.
-        problems: found before, for instance by `lay_over`; they come with the others.
-        required: values for the fields without a default, to check the other fields against each other where one of
-            those is wrong.
+        model: class of the section.
+        content: tables of the section.
+        source: name of the source for the error message.
+        problems: lines found before, for instance by `lay_over`, to report with the others.
+        required: stand-in values for the fields without a default, so that checks between fields run even if one of
+            these is wrong.
 
     Raises:
-        ConfigError: all that is wrong, one line a field, also what does not go together.
+        ConfigError: lists all errors, one line per field, including those between fields.
     """
     found = list(problems)
     section = None
@@ -97,7 +99,7 @@ def parse_section(
         section = model.model_validate(content)
     except ValidationError as error:
         found += _describe(error, model)
-        # Field errors hide the checks over several fields: look at those with the broken fields at their defaults.
+        # Field errors hide the checks over several fields, so run these with the broken fields at their defaults.
         try:
             model.model_validate((required or {}) | _without(content, [e["loc"] for e in error.errors() if e["loc"]]))
         except ValidationError as rest:
@@ -115,11 +117,11 @@ def _describe(error: ValidationError, model: type[Section]) -> list[str]:
         got = f", got {item['input']!r}"
         if item["type"] == "value_error":
             problems = str(item["ctx"]["error"]).splitlines()
-            # What a check over several fields says has their values in it.
+            # A check over several fields names their values itself.
             got = "" if isinstance(item["input"], dict) else got
             lines += [f"{field}: {problem}{got}" for problem in problems] if field else problems
         elif item["type"] == "extra_forbidden":
-            lines.append(f"{field}: no such key{_neighbours(item['loc'], model)}")
+            lines.append(f"{field}: unknown key{_neighbours(item['loc'], model)}")
         elif item["type"] == "missing":
             lines.append(f"{field}: is missing")
         else:
@@ -128,15 +130,15 @@ def _describe(error: ValidationError, model: type[Section]) -> list[str]:
 
 
 def _neighbours(loc: Loc, model: type[Section]) -> str:
-    """The keys that the unknown key's section has."""
+    """Return the keys of the section that the unknown key stands in."""
     section: type[Section] | None = model
     for part in loc[:-1]:
         section = _section_class(section, part)
-    return f"; there are {', '.join(section.model_fields)}" if section else ""
+    return f"; known keys: {', '.join(section.model_fields)}" if section else ""
 
 
 def _without(content: Tables, locs: list[Loc]) -> Tables:
-    """A copy of nested tables without the values at `locs`."""
+    """Return a copy of nested tables without the values at `locs`."""
     rest = copy.deepcopy(content)
     for loc in locs:
         table: Any = rest
@@ -145,3 +147,48 @@ def _without(content: Tables, locs: list[Loc]) -> Tables:
         if isinstance(table, dict):
             table.pop(loc[-1], None)
     return rest
+
+
+def toml_lines(section: Section, *, path: str = "", only: Collection[str] | None = None) -> list[str]:
+    """Return a section as TOML with every field, in the order of its class; a field that is None becomes a comment.
+
+    Args:
+        path: dotted prefix of the tables, empty or ending with a dot.
+        only: fields to write; None for all.
+    """
+    lines: list[str] = []
+    tables: list[str] = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if only is not None and name not in only:
+            continue
+        if isinstance(value, Section):
+            tables += ["", f"[{path}{name}]", *toml_lines(value, path=f"{path}{name}.")]
+        elif isinstance(value, dict) and value:
+            parts = {_key(key): part for key, part in value.items()}
+            if all(isinstance(part, Section) for part in parts.values()):
+                for key, part in parts.items():
+                    tables += ["", f"[{path}{name}.{key}]", *toml_lines(part, path=f"{path}{name}.{key}.")]
+            else:
+                tables += ["", f"[{path}{name}]"]
+                tables += [line for key, part in parts.items() for line in _entries(key, part)]
+        else:
+            lines.append(f"# {name} = (not set)" if value is None else f"{name} = {_inline(value)}")
+    return [*lines, *tables]
+
+
+def _entries(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [line for inner, part in value.items() for line in _entries(f"{key}.{_key(inner)}", part)]
+    return [f"{key} = {_inline(value)}"]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Section):
+        fields = value.model_dump(mode="json", exclude_defaults=True)
+        return "{ " + ", ".join(f"{_key(key)} = {_inline(part)}" for key, part in fields.items()) + " }"
+    return "{}" if value == {} else json.dumps(value, ensure_ascii=False)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

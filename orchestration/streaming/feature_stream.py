@@ -14,14 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, PositiveInt
 
 from orchestration.datasets.manifest import FeatureManifest, Shard, read_file
 from orchestration.datasets.split import SplitRows
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
 from orchestration.streaming.sampling import TrainPlan, rank_slice
 from orchestration.streaming.table_cache import remember
-from tinyemo.config import Section
 from tinyemo.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -30,25 +28,6 @@ if TYPE_CHECKING:
 Split = Literal["validation", "train", "test"]
 MAX_SHARD_BYTES = 256 * 2**20  # of a process's cache of shards
 EVALUATION_ROWS = 16_384  # rows of one validation or test item: 25 MB of 768 float16
-
-
-class DataConfig(Section):
-    """Which data a run reads, and in which order."""
-
-    dataset: str = Field("s3://tinyemo/datasets/emotion6", pattern=r"^s3://[^/]+/.+")
-    """S3 address of an ingested data set; its newest version, or one version with `/<version>` at the end."""
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
-    """Part of the train split kept for validation, of each label, by id hash."""
-    validation_fold: NonNegativeInt = 0
-    """Which such part: fold k takes the k-th."""
-    leave_out: tuple[str, ...] = ()
-    """Labels whose rows are neither trained on, nor validated nor tested: what is left to measure zero-shot on."""
-    shuffle_pool_rows: PositiveInt = 65_536
-    """Rows shuffled together; a split with fewer rows is permuted as a whole."""
-    steps_per_window: PositiveInt = 50
-    """Optimizer steps that one Ray Data task reads."""
-    num_readers: PositiveInt = 2
-    """Ray Data tasks that read at the same time."""
 
 
 @dataclass(frozen=True)

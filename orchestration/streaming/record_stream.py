@@ -13,20 +13,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt
 
-from orchestration.streaming.epoch_plan import EpochPlan, MixedSet, Refs, Tail, Window
+from orchestration.recipe.data_config import RecordsConfig
+from orchestration.streaming.epoch_plan import EpochPlan, MixedSet, Refs, Window
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
 from orchestration.streaming.record_forms import RecordForm, prepare
 from orchestration.streaming.record_sets import RecordSet, read_records
 from orchestration.streaming.sampling import rank_slice
-from tinyemo.chat_templates import TemplateName
-from tinyemo.config import Section
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, TrainingError
 
@@ -35,42 +33,8 @@ if TYPE_CHECKING:
 
     from orchestration.streaming.record_batches import RecordBatch
 
-BATCHES_AHEAD = 2
 WINDOW_BYTES = 96 * 2**20
 """A window at most: a few of them, one a reader and those on their way, lie in the object store at the same time."""
-
-
-class RecordsConfig(Section):
-    """Which instruct records a run reads, in which order, and what becomes of them."""
-
-    datasets: tuple[str, ...] = ()
-    """S3 addresses of instruct data sets, or of one version each with `/<version>` at the end."""
-    weights: tuple[PositiveFloat, ...] = ()
-    """Share of each data set in an epoch, relative to the others; empty for every record once an epoch."""
-    split: str = "train"
-    """The split that is read."""
-    shuffle_pool_rows: PositiveInt = 4096
-    """Records shuffled together, out of as many row groups as hold them. A multiple of the global batch reads least."""
-    tail: Tail = "drop"
-    """Of an epoch's last short batch: drop it, or pad it with masked records, on every rank alike."""
-    decode: Literal["reader", "worker"] = "worker"
-    """Who decodes images: Ray Data's reading tasks (pixels travel) or the training worker (files travel)."""
-    image_size: PositiveInt = 224
-    """Side of the square images, pixels; a run with a vision tower takes the tower's own preprocessing."""
-    image_tokens: PositiveInt = 1
-    """Placeholders of an image among the ids; a run with a vision tower takes its number of patches."""
-    tokenizer: str = "smollm2-135m"
-    """An asset's name, or a folder with a Hugging Face tokenizer; empty for images alone."""
-    template: TemplateName = "plain"
-    """Form of a conversation: plain (which leaves out a caption's question), llama, phi or chatml."""
-    end_token: str = "<|im_end|>"
-    """Closes an answer; one of the tokenizer's tokens."""
-    max_length: PositiveInt = 2048
-    """Tokens of a conversation that are kept, the image's included."""
-    num_readers: PositiveInt = 2
-    """Ray Data tasks that read at the same time."""
-    batches_ahead: int = Field(BATCHES_AHEAD, ge=1)
-    """Batches that a worker collates ahead of the step."""
 
 
 @dataclass(frozen=True)

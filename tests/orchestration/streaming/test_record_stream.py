@@ -17,6 +17,7 @@ from PIL import Image
 from record_files import record, write_records
 
 from orchestration.assets.catalogue import get_asset
+from orchestration.recipe import RecordsConfig
 from orchestration.services import storage
 from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
 from orchestration.streaming.record_batches import RecordBatch
@@ -24,7 +25,6 @@ from orchestration.streaming.record_forms import open_chat_tokenizer
 from orchestration.streaming.record_sets import open_record_set, read_records
 from orchestration.streaming.record_stream import (
     RecordPlan,
-    RecordsConfig,
     open_record_stream,
     plan_records,
 )

@@ -97,9 +97,9 @@ def test_overrides_leave_the_defaults_alone() -> None:
         ("seats.front=1", "--set seats.front=1: seats is a value, not a table"),
         ("seats=0", "seats: input should be greater than 0, got 0"),
         ("wheels.width=10", "wheels.width: must be at most 9, got 10"),
-        ("wheels.colour=red", "wheels.colour: no such key; there are count, width, sizes"),
-        ("trailer.colour=red", "trailer.colour: no such key; there are count, width, sizes"),
-        ("colour=red", "colour: no such key; there are name, wheels, trailer, seats"),
+        ("wheels.colour=red", "wheels.colour: unknown key; known keys: count, width, sizes"),
+        ("trailer.colour=red", "trailer.colour: unknown key; known keys: count, width, sizes"),
+        ("colour=red", "colour: unknown key; known keys: name, wheels, trailer, seats"),
         ("wheels.sizes.front=big", "wheels.sizes.front: input should be a valid number"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     for content in (b"a = ", b"\xff\xfe"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"x\.toml: no TOML file that can be read"):
+        with pytest.raises(ConfigError, match=r"x\.toml: cannot be read as TOML"):
             read_toml(path)
-    with pytest.raises(ConfigError, match="no TOML file that can be read"):
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
         read_toml(tmp_path / "nowhere.toml")
