@@ -13,7 +13,7 @@ endif
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo test test-gpu lint bench down clean
+.PHONY: setup demo test smoke test-gpu lint bench down clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,6 +42,9 @@ demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show
 
 test: setup ## The whole suite but gpu
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
+
+smoke: setup ## The tests that need no server, under two minutes; for the moment before a commit
+	$(BIN)/python -m pytest -q -m "not server and not slow and not cluster and not gpu" --numprocesses 2 --dist loadfile
 
 test-gpu: setup ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -20,6 +20,9 @@ from orchestration.services.storage import ensure_bucket
 FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
 """Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""
 
+SERVER_FIXTURES = {"mlflow_server", "platform", "s3_server"}
+"""Fixtures that start a server; those that build on them bring them along."""
+
 
 def pytest_configure() -> None:
     """The suite meets no platform that happens to be up here: a command run in this process would load its secrets."""
@@ -29,8 +32,12 @@ def pytest_configure() -> None:
             os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that workers side by side end at about the same time."""
+    """Mark tests that use a server, and run files with slow tests first, so that workers side by side end together."""
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

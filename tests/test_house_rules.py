@@ -1,4 +1,4 @@
-"""The house's rules about who imports what and how long things get, read from the source."""
+"""Rules of docs/conventions.md about imports and the length of functions, read from the source with `ast`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ OWNERS = {
     "botocore": {"orchestration/services/storage.py"},
 }
 PACKAGES = ("tinyemo", "orchestration", "cluster", "tests")
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
+MAX_FUNCTION_LINES = 80
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of every module that a file imports, also inside functions."""
+    """Return the top-level name of every module that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -57,11 +56,6 @@ def test_one_module_owns_each_outside_service() -> None:
 def test_the_platform_knows_no_training() -> None:
     foreign = {"torch", "tinyemo.projector", "deepspeed", "transformers"}
     assert {str(p): imported(p) & foreign for p in files("cluster") if imported(p) & foreign} == {}
-
-
-def test_no_file_has_two_jobs() -> None:
-    lines = {path: len(path.read_text().splitlines()) for package in PACKAGES for path in files(package)}
-    assert {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MAX_FILE_LINES} == {}
 
 
 def test_no_function_has_two_jobs() -> None:

@@ -26,6 +26,8 @@ from orchestration.services import storage
 from tests.conftest import RunningPlatform, choose_platform_ports, find_free_ports
 from tinyemo.errors import PlatformError, StorageError
 
+pytestmark = pytest.mark.server
+
 QUICK_S = 5.0
 
 

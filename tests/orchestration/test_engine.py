@@ -203,6 +203,7 @@ def test_an_infinite_loss_stops_every_rank_and_names_its_samples(found: Found) -
     assert "row-15" not in said[0]
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_compiled_stops_nobody() -> None:
     """Torch's guard file outlives its process, and whoever came next used to wait for it for ever."""
     folder = Path(sys.prefix) / "torch_extensions"

@@ -85,6 +85,7 @@ def test_the_revision_tells_tables_apart(tmp_path: Path):
     assert open_gguf_table(tmp_path / "F32.gguf", name="n", revision="r").revision == "r"
 
 
+@pytest.mark.slow
 def test_smollm2_equals_the_whole_table(smollm2: Path):
     """Rows against gguf's own reader; the model is never built."""
     table = open_gguf_table(smollm2)
@@ -97,6 +98,7 @@ def test_smollm2_equals_the_whole_table(smollm2: Path):
     assert np.array_equal(rows.numpy(), whole[ids])
 
 
+@pytest.mark.slow
 def test_smollm2_agrees_with_the_tokenizer_and_table_of_transformers(smollm2: Path):
     """transformers builds the tokenizer and unpacks Q4_1 blocks by code of its own."""
     table = open_gguf_table(smollm2)

@@ -304,6 +304,7 @@ def random_efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 32, None])
 def test_a_fused_efficientnet_in_small_batches_yields_what_the_plain_one_does(
     batch_size: int | None, random_efficientnet: Path

@@ -27,6 +27,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_a_rank_holds_its_shards_and_nothing_else() -> None:
     command = [sys.executable, "-c", SCRIPT, "at once"]

@@ -66,7 +66,7 @@ def test_it_is_measured_without_images_alone() -> None:
 
 def test_a_connector_cannot_be_trained_without_images() -> None:
     content = {"name": "x", "stages": {"pretrain": {"trains": "connector", "images": False}}}
-    with pytest.raises(ConfigError, match=r"stages\.pretrain\.images: off leaves the connector"):
+    with pytest.raises(ConfigError, match=r"stages\.pretrain\.images: false leaves the connector"):
         parse_recipe(content, source="test")
 
 

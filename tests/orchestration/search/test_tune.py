@@ -95,6 +95,7 @@ def engine_losses(rank: int, port: int, path: str, content: dict[str, Any]) -> N
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_trial_has_the_losses_of_a_deepspeed_engine(tmp_path: Path) -> None:
     chosen = recipe(
         loss={"name": "info_nce", "mixup_alpha": 0.5},

@@ -19,6 +19,7 @@ from tinyemo.reasoner.trained import select_trained
 WORKS = st.builds(Work, *[st.integers(0, 10**6)] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("llm", LANGUAGE_MODELS)
 @pytest.mark.parametrize(("trains", "connector"), [
     ("connector", "linear"), ("connector", "mlp2x_gelu"), ("llm", "identity"), ("llm", "mlp2x_gelu"),

@@ -58,6 +58,7 @@ def smollm2(dequantised: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(gguf: Path, smollm2: PreTrainedModel) -> None:
     tokenizer = open_tokenizer(gguf)
     ids = torch.tensor([tokenizer.encode("The capital of France is", add_special_tokens=False).ids])
