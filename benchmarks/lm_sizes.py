@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from orchestration.recipe import Recipe, parse_recipe
-from orchestration.services.provenance import git_state
+from orchestration.services.tracking import git_state
 
 WORLD_SIZE = 2
 STEPS = 3

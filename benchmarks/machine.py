@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from orchestration.services.provenance import git_state
+from orchestration.services.tracking import git_state
 
 RESULTS = Path(__file__).parent / "results"
 

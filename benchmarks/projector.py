@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 from benchmarks.machine import RESULTS, write_results
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.services.engine import build_engine, build_optimizer, build_schedule
-from orchestration.services.provenance import git_state
+from orchestration.services.tracking import git_state
 from orchestration.streaming.feature_stream import Batch
 from orchestration.streaming.sampling import rank_slice
 from orchestration.training.loop import build_projector, take_step

@@ -8,12 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OWNERS = {
     "deepspeed": {"orchestration/services/engine.py"},
-    "mlflow": {
-        "orchestration/services/tracking.py",
-        "orchestration/services/tracking_client.py",
-        "orchestration/services/tracking_server.py",
-        "orchestration/search/tracking.py",
-    },
+    "mlflow": {"orchestration/services/tracking.py"},
     "boto3": {"orchestration/services/storage.py"},
     "botocore": {"orchestration/services/storage.py"},
 }

@@ -91,7 +91,7 @@ def stoppable() -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SystemExit) as error:  # Ray raises SystemExit at SIGTERM
         typer.echo("stopped: the same command goes on from its last checkpoint", err=True)
         raise typer.Exit(130) from error
 

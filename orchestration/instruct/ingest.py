@@ -205,7 +205,7 @@ def _absolute(path: str | Path) -> str:
 def _require_servers() -> None:
     """Join Ray, and see that MLflow answers where one is named, before the long part."""
     from orchestration.services.ray_cluster import connect
-    from orchestration.services.tracking_server import require_server
+    from orchestration.services.tracking import require_server
 
     if has_mlflow():
         require_server()

@@ -72,7 +72,7 @@ class ReportCallback(UserCallback):
             PlatformError: MLflow does not answer; the same call later makes up for it.
         """
         if self.run_logger is not None:
-            self.run_logger.complete_curve(self._renamed(read_curve(self.folder)))
+            self.run_logger.log_curve(self._renamed(read_curve(self.folder)))
 
     def _renamed(self, curve: Curve) -> Curve:
         return [(step, {k.replace("train/", f"{self.prefix}/"): v for k, v in row.items()}) for step, row in curve]

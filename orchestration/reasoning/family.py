@@ -75,6 +75,9 @@ def train_reasoner_family(recipe: Recipe, *, on_report: OnReport | None = None) 
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
     if is_finished_family(done, recipe):
         return [train_reasoner(child) for child in children]  # finished: each returns its result as it stands
+    from orchestration.services.ray_cluster import connect
+
+    connect()  # before the run is opened: Ray's SIGTERM handler is what ends it KILLED
     earlier = tracking.find_run(recipe.experiment, recipe.name)
     with tracking.open_run(
         recipe.experiment,

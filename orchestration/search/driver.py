@@ -212,7 +212,7 @@ def _train_winner(
         seeded = trial_recipe(chosen, {}, name=f"{chosen.name}-seed{seed}", seed=seed)
         results.append(train(seeded, parent_run_id=run.run_id, on_report=on_report))
     best = max(results, key=lambda result: result.val_top1_accuracy or 0.0)
-    version = tracking.register_projector(
+    version = tracking.register(
         best.run_id,
         "projector",
         recipe.search.registered_name,

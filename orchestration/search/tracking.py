@@ -1,57 +1,38 @@
 """The trials of a search as children of its MLflow run, written by a thread so that MLflow does not slow the search.
 
-A child is created when its trial has ended, with the trial's own times, so that no trial is ever left RUNNING for long;
-one that a killed driver left so is ended by the next start.
+A child is written when its trial has ended, with the trial's own times, so no trial stays RUNNING for long; a child
+that a killed driver left half written is completed by the next start.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from orchestration.search.records import TrialRecord
-from orchestration.services.tracking import RunHandle, flatten
-from orchestration.services.tracking_client import open_client
+from orchestration.services.tracking import RunHandle, find_runs, record_run
 from tinyemo.errors import PlatformError
 
 logger = logging.getLogger(__name__)
 
 WORDS = {"finished": "finished", "stopped": "stopped by ASHA", "failed": "failed"}
-PAGE_RUNS = 1000
 
 
 class TrialLog:
     """Writes records as children of a run; use `open_trial_log`."""
 
     def __init__(self, run: RunHandle, name: str) -> None:
-        self._parent_id, self._name = run.run_id, name
-        with open_client("look for the search's trials") as client:
-            self._experiment_id = client.get_run(run.run_id).info.experiment_id
-            self._children = self._find_children(client)
-        self._queue: queue.SimpleQueue[TrialRecord | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._drain, name="trial-log", daemon=True)
-        self._thread.start()
-
-    def _find_children(self, client: Any) -> dict[int, tuple[str, bool]]:
-        """(run id, whether it has ended) by number of the trial."""
-        condition = f"tags.`mlflow.parentRunId` = '{self._parent_id}' and tags.kind = 'trial'"
-        children: dict[int, tuple[str, bool]] = {}
-        token = None
-        while True:
-            page = client.search_runs([self._experiment_id], condition, max_results=PAGE_RUNS, page_token=token)
-            for child in page:
-                children[int(child.data.tags["trial"])] = (child.info.run_id, child.info.status != "RUNNING")
-            token = page.token
-            if not token:
-                return children
+        self._run, self._name = run, name
+        children = find_runs("tags.kind = 'trial'", parent_run_id=run.run_id)
+        self._half_written = {int(c.tags["trial"]): c.run_id for c in children if c.status == "RUNNING"}
+        self._written = {int(c.tags["trial"]) for c in children if c.status != "RUNNING"}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="trial-log")
 
     def put(self, record: TrialRecord) -> None:
         """Have a record written soon."""
-        self._queue.put(record)
+        self._thread.submit(self._try_to_write, record)
 
     def close(self, records: Sequence[TrialRecord]) -> None:
         """Wait for the thread, then write those of `records` that are not there yet.
@@ -59,52 +40,32 @@ class TrialLog:
         Raises:
             PlatformError: MLflow does not answer or refuses.
         """
-        self._queue.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         for record in records:
             self._write(record)
 
-    def _drain(self) -> None:
-        while (record := self._queue.get()) is not None:
-            try:
-                self._write(record)
-            except PlatformError as error:
-                logger.warning("trial %d is not in MLflow yet: %s", record.number, error)
+    def _try_to_write(self, record: TrialRecord) -> None:
+        try:
+            self._write(record)
+        except PlatformError as error:
+            logger.warning("trial %d is not in MLflow yet: %s", record.number, error)
 
     def _write(self, record: TrialRecord) -> None:
-        run_id, is_ended = self._children.get(record.number, (None, False))
-        if is_ended:
+        if record.number in self._written:
             return
-        with open_client(f"log trial {record.number}") as client:
-            from mlflow.entities import Metric, Param
-
-            if run_id is None:
-                tags = {
-                    "mlflow.parentRunId": self._parent_id,
-                    "kind": "trial",
-                    "trial": str(record.number),
-                    "ended": WORDS[record.ended],
-                } | ({"error": record.error} if record.error else {})
-                created = client.create_run(
-                    self._experiment_id,
-                    start_time=int(record.started_at * 1000),
-                    tags=tags,
-                    run_name=f"{self._name}-trial-{record.number:03d}",
-                )
-                run_id = str(created.info.run_id)
-                self._children[record.number] = (run_id, False)
-            client.log_batch(
-                run_id,
-                metrics=[
-                    Metric(key, float(value), int(record.ended_at * 1000), epoch)
-                    for epoch, metrics in enumerate(record.curve, start=1)
-                    for key, value in metrics.items()
-                ][:PAGE_RUNS],
-                params=[Param(key, text) for key, text in flatten(record.params).items()],
-            )
-            status = "FAILED" if record.ended == "failed" else "FINISHED"
-            client.set_terminated(run_id, status, end_time=int(record.ended_at * 1000))
-        self._children[record.number] = (run_id, True)
+        tags = {"kind": "trial", "trial": str(record.number), "ended": WORDS[record.ended]}
+        record_run(
+            self._run,
+            f"{self._name}-trial-{record.number:03d}",
+            params=record.params,
+            tags=tags | ({"error": record.error} if record.error else {}),
+            points=list(enumerate(record.curve, start=1)),
+            status="FAILED" if record.ended == "failed" else "FINISHED",
+            started_at=record.started_at,
+            ended_at=record.ended_at,
+            run_id=self._half_written.get(record.number),
+        )
+        self._written.add(record.number)
 
 
 @contextmanager

@@ -1,41 +1,146 @@
-"""MLflow, and only here: the driver opens runs, everything else hands figures to them.
+"""The only module that talks to MLflow. The driver opens runs; workers and callbacks write metrics into them.
 
-MLflow's client takes 1.5 s to import, so the first call that needs it imports it. Nothing here writes to stdout. Every
-function raises the errors of `require_server` where no server answers.
-A run that this module opened ends FINISHED, FAILED or KILLED. One case is left out: a driver that got SIGKILL ends
-nothing; its run stays RUNNING until the next start finds it with `find_run` and takes it over with `resume_run_id`.
+MLflow's client takes 1.5 s to import, so it is imported inside functions and `require_server` checks the server without
+it. Every function that talks to the server raises PlatformError, in one line, where it does not answer or refuses.
+
+A run ends FINISHED, FAILED or KILLED. There is no signal handler in this module: Ctrl-C raises KeyboardInterrupt, and
+`ray.init` sets the handler that turns SIGTERM (`ray job stop`, Kubernetes) into SystemExit, so connect to Ray before
+`open_run`. A driver that got SIGKILL leaves its run RUNNING; the next start ends it with `end_run` or goes on with it.
+
+The files of a finished model are stored once, in the run's S3 folder. MLflow refers to them: `RunHandle.refer` names
+the folder, `log_model` and `register` point to it, and `download_artifacts` fetches from it.
 """
 
 from __future__ import annotations
 
 import atexit
+import getpass
 import json
 import logging
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestration.services.interruption import held_signals, sigterm_interrupts
-from orchestration.services.provenance import git_state, identity_tags
-from orchestration.services.tracking_client import Points, RunLogger, open_client
-from orchestration.services.tracking_server import one_line, public_address, require_server
-from tinyemo.errors import AssetError, ConfigError, PlatformError, TinyEmoError, TrainingError
+from orchestration.services import storage
+from tinyemo.errors import AssetError, ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)
 
 # MLflow's limits; a test compares them.
-TEXTS_PER_REQUEST = 100
+METRICS_PER_REQUEST, TEXTS_PER_REQUEST = 1000, 100
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 6000, 8000, 36
+HEALTH_TIMEOUT_S = 5.0
+# MLflow's defaults retry for four minutes; these give up after about ten seconds. A variable that the user set wins.
+CLIENT_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # Metrics in the queue of a driver that died would be lost.
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+}
 URI_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
+ADVICE = "start one with `tinyemo platform up` or set MLFLOW_TRACKING_URI"
+# Without these, MLflow's UI opens an experiment on its page for language model traces.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+UI_QUERY = "?workflowType=machine_learning"
 
-__all__ = ["RunHandle", "RunInfo", "RunLogger", "download_artifacts", "find_run", "flatten",
-           "git_state", "open_run", "register_projector", "require_server"]  # fmt: skip
+Points = Sequence[tuple[int, Mapping[str, float]]]
+"""(step, metrics by `split/name`), in any order."""
+
+
+def require_server() -> str:
+    """Return the address in MLFLOW_TRACKING_URI once an MLflow server has answered there, without importing MLflow.
+
+    Raises:
+        ConfigError: the variable is not set or is no http address.
+        PlatformError: the server does not answer within seconds, or is no MLflow server.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    shown = public_address(uri)
+    if not uri:
+        raise ConfigError(f"no MLflow server: {ADVICE}")
+    if urlsplit(uri).scheme not in ("http", "https"):
+        raise ConfigError(f"MLFLOW_TRACKING_URI must be an http or https address, got {shown!r}")
+    try:
+        with urllib.request.urlopen(f"{shown}/health", timeout=HEALTH_TIMEOUT_S) as response:
+            is_mlflow = response.read(64).strip() == b"OK"
+    except urllib.error.HTTPError as error:
+        hint = "; start it with --allowed-hosts naming this host" if error.code == 403 else ""
+        raise PlatformError(f"MLflow at {shown} answers HTTP {error.code} to a health check{hint}") from error
+    except (OSError, ValueError) as error:
+        raise PlatformError(f"no MLflow server answers at {shown} ({one_line(error)}): {ADVICE}") from error
+    if not is_mlflow:
+        raise PlatformError(f"what answers at {shown} is no MLflow server: {ADVICE}")
+    return uri
+
+
+def public_address(uri: str) -> str:
+    """Return an address without its user name and password."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an exception without line breaks, at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def _client(action: str) -> Iterator[Any]:
+    """Give MLflow's client to a block, and turn what MLflow and the network raise in it into a PlatformError."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ConfigError(f"cannot {action}: MLFLOW_TRACKING_URI is not set in this process")
+    client = _cached_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield client
+    except (MlflowException, OSError) as error:
+        try:
+            require_server()
+            advice = ""
+        except TinyEmoError:
+            advice = "; give the same command again once it answers"
+        message = f"MLflow at {public_address(uri)} failed to {action}: {one_line(error)}{advice}"
+        raise PlatformError(message) from error
+
+
+@lru_cache(maxsize=4)
+def _cached_client(uri: str) -> Any:
+    for variable, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _tolerated(error_code: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != error_code:
+            raise
 
 
 @dataclass(frozen=True)
@@ -49,42 +154,92 @@ class RunInfo:
     params: dict[str, str]
     tags: dict[str, str]
     metrics: dict[str, float]
-    """The last value of each."""
+    """The last value of each metric."""
     url: str
+    """Address of the run's page in the UI."""
+    experiment_id: str
+
+
+def _info(run: Any) -> RunInfo:
+    server = public_address(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return RunInfo(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+        url=f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{UI_QUERY}",
+        experiment_id=run.info.experiment_id,
+    )
+
+
+@dataclass(frozen=True)
+class RunLogger:
+    """Writes metrics into a run from any process that has MLFLOW_TRACKING_URI, each (key, step) once.
+
+    An attempt that goes on from a checkpoint repeats steps that were logged already. The first call with a key reads
+    which of its steps the run has; after that a call costs one request. Pickles without what it has read.
+    """
+
+    run_id: str
+    _logged_steps: dict[str, set[int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the run's id alone."""
+        return RunLogger, (self.run_id,)
+
+    def log_curve(self, points: Points) -> None:
+        """Log the metrics that the run does not have at their steps yet, 1,000 a request."""
+        now_ms = int(time.time() * 1000)
+        with _client("log metrics") as client:
+            from mlflow.entities import Metric
+
+            unread = {key for _, row in points for key in row} - self._logged_steps.keys()
+            known = client.get_run(self.run_id).data.metrics if unread else {}
+            for key in unread:
+                history = client.get_metric_history(self.run_id, key) if key in known else []
+                self._logged_steps[key] = {entry.step for entry in history}
+            missing = {
+                (key, step): Metric(key, float(value), now_ms, step)
+                for step, row in points
+                for key, value in row.items()
+                if step not in self._logged_steps[key]
+            }
+            metrics = list(missing.values())
+            for first in range(0, len(metrics), METRICS_PER_REQUEST):
+                batch = metrics[first : first + METRICS_PER_REQUEST]
+                client.log_batch(self.run_id, metrics=batch)
+                for metric in batch:
+                    self._logged_steps[metric.key].add(metric.step)
 
 
 @dataclass(frozen=True)
 class RunHandle:
-    """An open run, in the driver's hands. Each method raises PlatformError where MLflow does not answer or refuses."""
+    """A run that the driver has open."""
 
     run_id: str
     url: str
-    """The run's page in the UI."""
+    """Address of the run's page in the UI."""
+    experiment_id: str
+    logger: RunLogger
+    """Writes metrics into this run; can be sent to another process."""
 
-    @property
-    def logger(self) -> RunLogger:
-        """Writes metrics into this run from another process."""
-        return RunLogger(self.run_id)
-
-    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Log metrics of one step."""
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log the metrics of one step."""
         self.logger.log_curve([(step, metrics)])
 
-    def log_curve(self, points: Points) -> None:
-        """Log metrics of many steps; see `RunLogger`."""
-        self.logger.log_curve(points)
-
     def log_dataset(self, name: str, digest: str, uri: str, num_rows: int, context: str) -> None:
-        """Name the data that the run reads.
+        """Name a data set that the run reads.
 
         Args:
             name: of the data set.
             digest: of its manifest. MLflow keeps 36 characters; the whole digest stands in source and profile.
-            uri: where it lies.
-            num_rows: that the run reads of it.
-            context: what for: "train", "val" or "test".
+            uri: address of the data set.
+            num_rows: rows that the run reads of it.
+            context: what the rows are for: "train", "val" or "test".
         """
-        with open_client(f"log the data set {name}") as client:
+        with _client(f"log the data set {name}") as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             dataset = Dataset(
@@ -105,7 +260,7 @@ class RunHandle:
         """
         if not path.is_file():
             raise FileNotFoundError(path)
-        with open_client(f"store {path.name}") as client:
+        with _client(f"store {path.name}") as client:
             client.log_artifact(self.run_id, str(path), folder)
 
     def log_artifacts(self, folder: Path, artifact_path: str) -> None:
@@ -116,12 +271,76 @@ class RunHandle:
         """
         if not folder.is_dir():
             raise NotADirectoryError(folder)
-        with open_client(f"store the folder {folder.name}") as client:
+        with _client(f"store the folder {folder.name}") as client:
             client.log_artifacts(self.run_id, str(folder), artifact_path)
 
-    def set_tags(self, tags: dict[str, str]) -> None:
+    def refer(self, artifact_path: str, uri: str) -> None:
+        """Let `runs:/RUN/artifact_path` mean the S3 folder `uri`, without storing its files a second time.
+
+        Args:
+            artifact_path: one name, for instance "model".
+            uri: `s3://...`.
+        """
+        self.set_tags({f"stored.{artifact_path}": uri})
+
+    def log_model(
+        self,
+        name: str,
+        uri: str,
+        metrics: Mapping[str, float],
+        *,
+        dataset: tuple[str, str],
+        step: int = 0,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Make an MLflow LoggedModel for files in S3, with metrics that belong to it and to one version of the data.
+
+        The metrics become the run's too, so they are logged here alone. The second call with a name does nothing.
+
+        Args:
+            name: of the model, for instance "projector".
+            uri: address of its files.
+            metrics: by `split/name`.
+            dataset: name and digest, as given to `log_dataset`, that the metrics were measured on.
+            step: optimizer steps that the model was trained for.
+            params: nested tables, see `flatten`.
+
+        Returns:
+            The model's id.
+        """
+        with _client(f"log the model {name}") as client:
+            from mlflow.entities import LoggedModelOutput, Metric
+
+            outputs = client.get_run(self.run_id).outputs
+            for output in outputs.model_outputs if outputs else []:
+                if client.get_logged_model(output.model_id).name == name:
+                    return str(output.model_id)
+            texts = flatten(dict(params or {}))
+            tags = {"uri": uri, "mlflow.user": _user(), "mlflow.note.content": f"The files are in `{uri}`."}
+            model = client.create_logged_model(self.experiment_id, name, self.run_id, tags, texts, "tinyemo")
+            place = (int(time.time() * 1000), step, model.model_id, dataset[0], dataset[1][:DIGEST_CHARACTERS])
+            entries = [Metric(key, float(value), *place, self.run_id) for key, value in metrics.items()]
+            client.log_batch(self.run_id, metrics=entries)
+            client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+            client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def describe(self, summary: str, facts: Mapping[str, Any]) -> None:
+        """Write the run's description, which the UI shows on its page: a summary, a table, and the command.
+
+        Args:
+            summary: Markdown; what the run is and what came out.
+            facts: for instance data, result, checkpoint and export; an empty value is left out.
+        """
+        rows = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
+        table = "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        note = f"{summary}\n\n{table}\n\nMade by `{command}`"
+        self.set_tags({"mlflow.note.content": note})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
-        with open_client("set tags") as client:
+        with _client("set tags") as client:
             _log_texts(client, self.run_id, {}, tags)
 
 
@@ -135,18 +354,18 @@ def open_run(
     parent_run_id: str | None = None,
     resume_run_id: str | None = None,
 ) -> Iterator[RunHandle]:
-    """Open a run for the length of a with-block; only the driver does.
+    """Open a run for the length of a with-block; call it in the driver, after it has connected to Ray.
 
-    It ends FINISHED; FAILED where an exception leaves the block (tag `error` says which, in one line); KILLED at
-    KeyboardInterrupt, SystemExit and SIGTERM, which raises `Interrupted` in the main thread, so finally-blocks run.
+    The run ends FINISHED; FAILED where an exception leaves the block (the tag `error` holds it, in one line); KILLED
+    at KeyboardInterrupt and SystemExit, which Ray raises at SIGTERM.
 
     Args:
-        experiment: created where there is none.
+        experiment: created where it does not exist.
         name: of the run.
-        params: the recipe; nested tables become dotted keys, long values are cut to MLflow's limit.
-        tags: beside git commit and dirty flag, which are set here.
-        parent_run_id: the run that this one is a child of.
-        resume_run_id: goes on in this run instead of creating one. Its params must be the same.
+        params: the recipe; see `flatten`.
+        tags: are set beside git commit, dirty flag and user.
+        parent_run_id: the run that becomes this one's parent.
+        resume_run_id: the run to go on with, instead of creating one; its params must be the same.
 
     Raises:
         TrainingError: the run to resume does not exist, or has other params.
@@ -156,77 +375,166 @@ def open_run(
     if parent_run_id is not None:
         tags["mlflow.parentRunId"] = parent_run_id
     texts = flatten(params)
-    info = None
-    with sigterm_interrupts():
-        try:
-            with held_signals(), open_client(f"open run {name}") as client:
-                if resume_run_id is None:
-                    info = _create(client, experiment, name, tags)
-                else:
-                    info = _resume(client, resume_run_id, texts, tags)
-            _open_runs.append(info)
-            with open_client("log params") as client:
-                _log_texts(client, info.run_id, {key: texts[key] for key in texts.keys() - info.params.keys()}, {})
-            yield RunHandle(info.run_id, info.url)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit) as error:
-            # SystemExit too: Ray turns SIGTERM into it, and Ray Train ends an aborted run with sys.exit(0).
-            _close_after(error, info, "KILLED")
-            raise
-        except BaseException as error:
-            _close_after(error, info, "FAILED")
-            raise
-        finally:
-            if info in _open_runs:
-                _open_runs.remove(info)
-        with held_signals(), open_client(f"close run {name}") as client:
-            client.set_terminated(info.run_id, "FINISHED")
+    opened: list[RunInfo] = []
+    _open_runs.append(opened)
+
+    def start() -> None:
+        with _client(f"open run {name}") as client:
+            if resume_run_id is None:
+                opened.append(_create(client, experiment, name, tags))
+            else:
+                opened.append(_resume(client, resume_run_id, texts, tags))
+            new = {key: text for key, text in texts.items() if key not in opened[0].params}
+            _log_texts(client, opened[0].run_id, new, {})
+
+    try:
+        _finish(start)
+        info = opened[0]
+        yield RunHandle(info.run_id, info.url, info.experiment_id, RunLogger(info.run_id))
+    except BaseException as error:
+        # SystemExit too: Ray turns SIGTERM into it. GeneratorExit comes where a KeyboardInterrupt left the block.
+        is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+        for run in opened:
+            _close_after(error, run, "KILLED" if is_stopped else "FAILED")
+        raise
+    finally:
+        _open_runs.remove(opened)
+    _finish(lambda: end_run(info.run_id, "FINISHED"))
 
 
-_open_runs: list[RunInfo] = []
+_open_runs: list[list[RunInfo]] = []
 
 
 def fail_open_runs(error: BaseException) -> None:
-    """End what this process has open as FAILED, for a thread that ends the process because the main thread hangs."""
-    for run in reversed(_open_runs):
+    """End the runs that this process has open as FAILED, for a thread that ends the process."""
+    for run in [run for opened in reversed(_open_runs) for run in opened]:
         _close_after(error, run, "FAILED")
 
 
+def _finish(request: Callable[[], None]) -> None:
+    """Make a request in a thread and wait for it: a signal interrupts the main thread alone, so the request ends."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(request).result()
+
+
+def end_run(run_id: str, status: str, *, error: str | None = None) -> None:
+    """End a run as FINISHED, FAILED or KILLED; `error` says why, in one line."""
+    with _client(f"end run {run_id}") as client:
+        client.set_terminated(run_id, status)
+        if error is not None:
+            client.set_tag(run_id, "error", error[:TAG_CHARACTERS])
+
+
+def _close_after(error: BaseException, run: RunInfo, status: str) -> None:
+    try:
+        _finish(lambda: end_run(run.run_id, status, error=f"{type(error).__name__}: {one_line(error)}"))
+    except TinyEmoError as failure:  # must not hide the error that ends the run
+        logger.error("run %s may still be shown as RUNNING: %s", run.url, failure)
+
+
 def find_run(experiment: str, name: str, *, parent_run_id: str | None = None) -> RunInfo | None:
-    """The newest run of this name, whatever its status; None where there is none.
+    """Return the newest run of exactly this name, whatever its status, or None.
 
     Args:
         experiment: to look in.
-        name: of the run, exactly.
-        parent_run_id: only among the children of this run.
+        name: of the run.
+        parent_run_id: look only among the children of this run.
     """
-    require_server()
     quote = '"' if "'" in name else "'"
-    condition = f"attributes.run_name = {quote}{name}{quote}"
-    if parent_run_id is not None:
-        condition += f" and tags.`mlflow.parentRunId` = '{parent_run_id}'"
-    with open_client(f"look for run {name}") as client:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return None
-        order = ["attributes.start_time DESC"]
-        runs = client.search_runs([found.experiment_id], condition, max_results=1, order_by=order)
-    return _info(runs[0]) if runs else None
+    found = find_runs(
+        f"attributes.run_name = {quote}{name}{quote}", experiment=experiment, parent_run_id=parent_run_id, limit=1
+    )
+    return found[0] if found else None
 
 
-def register_projector(
-    run_id: str, artifact_path: str, name: str, *, alias: str = "champion", tags: dict[str, str]
-) -> str:
-    """Register an artifact folder of a run as a new version of a model and point an alias to it.
-
-    The folder is what `MetricProjector.save_pretrained` wrote; `MetricProjector.from_pretrained` loads what
-    `download_artifacts("models:/NAME@champion")` brings. MLflow's own model flavours are not involved.
+def find_runs(
+    condition: str = "", *, experiment: str | None = None, parent_run_id: str | None = None, limit: int = 50_000
+) -> list[RunInfo]:
+    """Return runs that are not deleted, the newest first.
 
     Args:
-        run_id: the run that holds the artifact.
-        artifact_path: of the folder in the run.
-        name: of the registered model, created where there is none.
+        condition: MLflow's filter, for instance "tags.kind = 'trial'".
+        experiment: name of the only one to look in; None looks in all.
+        parent_run_id: look only among the children of this run.
+        limit: the most runs to return.
+    """
+    require_server()
+    if parent_run_id is not None:
+        parent = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
+        condition = f"{condition} and {parent}" if condition else parent
+    runs: list[Any] = []
+    with _client("look for runs") as client:
+        if experiment is None:
+            experiments = client.search_experiments()
+        else:
+            experiments = [found] if (found := client.get_experiment_by_name(experiment)) else []
+        ids, order, page = [item.experiment_id for item in experiments], ["attributes.start_time DESC"], None
+        while ids:
+            page = client.search_runs(
+                ids, condition, max_results=min(limit - len(runs), 1000), order_by=order,
+                page_token=page.token if page else None,
+            )  # fmt: skip
+            runs += page
+            if not page.token or len(runs) >= limit:
+                break
+    return [_info(run) for run in runs]
+
+
+def record_run(
+    parent: RunHandle,
+    name: str,
+    *,
+    params: Mapping[str, Any],
+    tags: dict[str, str],
+    points: Points,
+    status: str,
+    started_at: float,
+    ended_at: float,
+    run_id: str | None = None,
+) -> None:
+    """Write a child run of something that is over, with its own times.
+
+    Args:
+        parent: the open run that it belongs to.
+        name: of the new run.
+        params: see `flatten`.
+        tags: of the new run.
+        points: its metrics.
+        status: FINISHED, FAILED or KILLED.
+        started_at: seconds since 1970.
+        ended_at: seconds since 1970.
+        run_id: a run that was left half written, to be completed instead of creating one.
+    """
+    with _client(f"record run {name}") as client:
+        if run_id is None:
+            tags = tags | {"mlflow.parentRunId": parent.run_id}
+            created = client.create_run(parent.experiment_id, int(started_at * 1000), tags, name)
+            run_id = str(created.info.run_id)
+        _log_texts(client, run_id, flatten(params), {})
+        RunLogger(run_id).log_curve(points)
+        client.set_terminated(run_id, status, int(ended_at * 1000))
+
+
+def register(
+    run_id: str,
+    source: str,
+    name: str,
+    *,
+    alias: str = "champion",
+    tags: dict[str, str],
+    card: str = "",
+    model_id: str | None = None,
+) -> str:
+    """Register a model's folder as a new version of a registered model and point an alias to it.
+
+    Args:
+        run_id: the run that made the model.
+        source: `s3://...`, or the path of a folder in the run's artifacts.
+        name: of the registered model, created where it does not exist.
         alias: moved to the new version.
         tags: of the version.
+        card: Markdown; which run, data and code made the version.
+        model_id: id of its LoggedModel, see `RunHandle.log_model`.
 
     Returns:
         The version, "1" for the first.
@@ -235,23 +543,24 @@ def register_projector(
         AssetError: the run holds no such folder.
     """
     require_server()
-    with open_client(f"register {name}") as client:
-        if not client.list_artifacts(run_id, artifact_path):
-            raise AssetError(f"run {run_id} holds no artifact {artifact_path!r} to register as {name}")
+    with _client(f"register {name}") as client:
+        if not source.startswith("s3://"):
+            if not client.list_artifacts(run_id, source):
+                raise AssetError(f"run {run_id} holds no artifact {source!r} to register as {name}")
+            source = f"runs:/{run_id}/{source}"
         with _tolerated("RESOURCE_ALREADY_EXISTS"):
             client.create_registered_model(name)
-        source = f"runs:/{run_id}/{artifact_path}"
-        version = str(client.create_model_version(name, source, run_id, tags=tags).version)
-        client.set_registered_model_alias(name, alias, version)
-    return version
+        made = client.create_model_version(name, source, run_id, tags, description=card, model_id=model_id)
+        client.set_registered_model_alias(name, alias, made.version)
+    return str(made.version)
 
 
 def download_artifacts(uri: str, folder: Path | None = None) -> Path:
-    """Bring an artifact file or folder from MLflow; returns its local path.
+    """Fetch an artifact file or folder and return its local path.
 
     Args:
         uri: `runs:/RUN/PATH`, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `mlflow-artifacts:/PATH`.
-        folder: to write to; a temporary one that goes when the process ends where it is None.
+        folder: to write to; None makes a temporary one that is removed when the process ends.
 
     Raises:
         ConfigError: the address has none of these forms, or there is no server address.
@@ -265,19 +574,73 @@ def download_artifacts(uri: str, folder: Path | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="tinyemo-artifacts-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        with open_client("download"):
-            from mlflow.artifacts import download_artifacts as download
+        with _client("download") as client:
+            source = _source_of(client, uri)
+            if not source.startswith("s3://"):
+                from mlflow.artifacts import download_artifacts as download
 
-            path = Path(download(artifact_uri=uri, dst_path=str(folder), tracking_uri=server, registry_uri=server))
-    except PlatformError as error:
-        raise AssetError(f"{uri} is not to be had: {error}") from error
+                place = {"dst_path": str(folder), "tracking_uri": server, "registry_uri": server}
+                path = Path(download(artifact_uri=source, **place))
+        if source.startswith("s3://") and storage.exists(source):
+            path = folder / Path(source).name
+            storage.download_file(source, path)
+        elif source.startswith("s3://"):
+            storage.download_folder(source, folder)
+            path = folder
+    except (PlatformError, StorageError) as error:
+        raise AssetError(f"cannot load {uri}: {error}") from error
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        raise AssetError(f"{uri} is not to be had: MLflow at {public_address(server)} holds no file there")
+        raise AssetError(f"cannot load {uri}: MLflow at {public_address(server)} holds no file there")
     return path
 
 
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A recipe as MLflow's params: nested tables as dotted keys, lists as JSON, values cut to MLflow's limit."""
+def _source_of(client: Any, uri: str) -> str:
+    """The S3 address behind an address of MLflow's, or the address itself where MLflow holds the files."""
+    scheme, _, path = uri.partition(":/")
+    name, _, rest = path.partition("/")
+    if scheme == "models" and (rest.isdigit() or "@" in name):
+        alias = name.partition("@")[2]
+        version = (
+            client.get_model_version_by_alias(name.partition("@")[0], alias)
+            if alias
+            else client.get_model_version(name, rest)
+        )
+        return _source_of(client, str(version.source))
+    if scheme == "runs" and rest:
+        head, _, tail = rest.partition("/")
+        stored = client.get_run(name).data.tags.get(f"stored.{head}")
+        if stored:
+            return f"{stored}/{tail}".rstrip("/")
+    return uri
+
+
+@contextmanager
+def system_metrics(run_id: str | None, node: str) -> Iterator[None]:
+    """Log this node's use of CPU, memory, disk, network and GPUs as `system/NODE/...` while the block runs.
+
+    One process of each node calls it. MLflow's own monitor samples in a thread every ten seconds and sends a request.
+
+    Args:
+        run_id: the run to log to; None logs nothing.
+        node: name of the node, without slashes.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if run_id is None or not uri:
+        yield
+        return
+    _cached_client(uri)  # sets the client's defaults
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, node_id=node, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a recipe as MLflow's params: nested tables as dotted keys, lists as JSON, values cut to MLflow's limit."""
     texts: dict[str, str] = {}
     for key, value in table.items():
         if isinstance(value, dict) and value:
@@ -288,30 +651,64 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return texts
 
 
-@contextmanager
-def _tolerated(error_code: str) -> Iterator[None]:
-    """Pass over MLflow's error of this code: another driver may have been faster."""
-    from mlflow.exceptions import MlflowException
+def git_state() -> dict[str, str]:
+    """Return the tags `git_commit` and `git_dirty` ("true", "false") of the code that runs.
+
+    Where the code lies in no git checkout, as in a Ray job's working directory, they come from TINYEMO_GIT_COMMIT and
+    TINYEMO_GIT_DIRTY, which can be set when the job is submitted; else they are "unknown". An untracked file counts as
+    dirty.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        yield
-    except MlflowException as error:
-        if error.error_code != error_code:
-            raise
+        # A copy in site-packages may lie inside a checkout that it does not belong to.
+        git("ls-files", "--error-unmatch", here.name)
+        is_dirty = "true" if git("status", "--porcelain") else "false"
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": is_dirty}
+    except (OSError, subprocess.SubprocessError):
+        return {
+            "git_commit": os.environ.get("TINYEMO_GIT_COMMIT") or "unknown",
+            "git_dirty": os.environ.get("TINYEMO_GIT_DIRTY") or "unknown",
+        }
+
+
+def identity_tags() -> dict[str, str]:
+    """Return tags that say who runs which code; the UI has columns for the names that begin with `mlflow.`."""
+    git = git_state()
+    return git | {
+        "mlflow.user": _user(),
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": git["git_commit"],
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"
 
 
 def _create(client: Any, experiment: str, name: str, tags: dict[str, str]) -> RunInfo:
-    """A new run with its tags; the experiment is created where there is none."""
-    if client.get_experiment_by_name(experiment) is None:
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
         with _tolerated("RESOURCE_ALREADY_EXISTS"):
             client.create_experiment(experiment)
-    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+        found = client.get_experiment_by_name(experiment)
+    for key, value in EXPERIMENT_TAGS.items():
+        if found.tags.get(key) != value:
+            client.set_experiment_tag(found.experiment_id, key, value)
     cut = {key: text[:TAG_CHARACTERS] for key, text in tags.items()}
-    return _info(client.create_run(experiment_id, tags=cut, run_name=name))
+    return _info(client.create_run(found.experiment_id, tags=cut, run_name=name))
 
 
 def _resume(client: Any, run_id: str, params: dict[str, str], tags: dict[str, str]) -> RunInfo:
-    """The run, RUNNING again. TrainingError where it does not exist or where a param has another value."""
+    """Set an ended run RUNNING again; TrainingError where it does not exist or a param has another value."""
     run = None
     with _tolerated("RESOURCE_DOES_NOT_EXIST"):
         run = client.get_run(run_id)
@@ -331,20 +728,7 @@ def _resume(client: Any, run_id: str, params: dict[str, str], tags: dict[str, st
     return info
 
 
-def _close_after(error: BaseException, run: RunInfo | None, status: str) -> None:
-    """End the run with the error's one line in tag `error`; a failure of that is logged and never hides the error."""
-    if run is None:  # it was never opened
-        return
-    with held_signals():
-        try:
-            with open_client("close the run") as client:
-                client.set_terminated(run.run_id, status)
-                client.set_tag(run.run_id, "error", f"{type(error).__name__}: {one_line(error)}")
-        except TinyEmoError as failure:
-            logger.error("run %s may still be shown as RUNNING: %s", run.url, failure)
-
-
-def _log_texts(client: Any, run_id: str, params: dict[str, str], tags: dict[str, str]) -> None:
+def _log_texts(client: Any, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
     """Log params and tags, at most 100 a request; tags are cut to MLflow's limit."""
     from mlflow.entities import Param, RunTag
 
@@ -353,16 +737,3 @@ def _log_texts(client: Any, run_id: str, params: dict[str, str], tags: dict[str,
     for first in range(0, max(len(entries), len(marks)), TEXTS_PER_REQUEST // 2):
         batch = slice(first, first + TEXTS_PER_REQUEST // 2)
         client.log_batch(run_id, params=entries[batch], tags=marks[batch])
-
-
-def _info(run: Any) -> RunInfo:
-    server = public_address(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    return RunInfo(
-        run_id=run.info.run_id,
-        name=run.info.run_name,
-        status=run.info.status,
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-        metrics=dict(run.data.metrics),
-        url=f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
-    )

@@ -61,6 +61,9 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
     done = f"{recipe.checkpoint.root}/{recipe.name}/family.json"
     if is_finished_family(done, recipe):
         return [train(child) for child in children]  # finished: each returns its result as it stands
+    from orchestration.services.ray_cluster import connect
+
+    connect()  # before the run is opened: Ray's SIGTERM handler is what ends it KILLED
     earlier = tracking.find_run(recipe.experiment, recipe.name)
     with tracking.open_run(
         recipe.experiment,
@@ -73,7 +76,7 @@ def train_family(recipe: Recipe, *, on_report: OnReport | None = None) -> list[T
         for result in results:
             run.log_metrics({f"test/top1_accuracy_{result.llm}": result.test_top1_accuracy})
         champion = choose_champion(results)
-        version = tracking.register_projector(
+        version = tracking.register(
             champion.run_id,
             "projector",
             recipe.family.registered_name,

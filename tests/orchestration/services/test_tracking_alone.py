@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.services import tracking, tracking_client
+from orchestration.services import tracking
 from orchestration.services.tracking import RunLogger, download_artifacts, require_server
 from tinyemo.errors import ConfigError, PlatformError
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def test_an_address_of_another_kind_is_refused():
@@ -55,7 +55,7 @@ def test_a_stranger_on_the_port_is_no_mlflow(monkeypatch):
 def test_the_limits_are_mlflows():
     from mlflow.utils import validation
 
-    assert tracking_client.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
+    assert tracking.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
     assert tracking.TEXTS_PER_REQUEST == validation.MAX_PARAMS_TAGS_PER_BATCH
     assert tracking.PARAM_CHARACTERS == validation.MAX_PARAM_VAL_LENGTH
     assert tracking.TAG_CHARACTERS == validation.MAX_TAG_VAL_LENGTH

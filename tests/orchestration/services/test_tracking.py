@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +20,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestration.services.tracking import download_artifacts, find_run, git_state, open_run, register_projector
+from orchestration.services import storage
+from orchestration.services.tracking import (
+    RunLogger,
+    download_artifacts,
+    end_run,
+    find_run,
+    find_runs,
+    git_state,
+    open_run,
+    record_run,
+    register,
+    system_metrics,
+)
 from tinyemo.errors import AssetError, PlatformError, TrainingError
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 EXPERIMENT = "tracking tests"
 START_TIMEOUT_S = 120.0
 
@@ -109,7 +123,11 @@ def test_a_run_holds_the_flat_recipe_and_ends_finished(server, capfd):
     assert stored.data.tags["note"] == "y" * 8000
     assert stored.data.tags["git_commit"] == git_state()["git_commit"]
     assert stored.data.tags["git_dirty"] in {"true", "false", "unknown"}
-    assert run.url == f"{server}/#/experiments/{stored.info.experiment_id}/runs/{run.run_id}"
+    place = f"experiments/{stored.info.experiment_id}/runs/{run.run_id}"
+    assert run.url == f"{server}/#/{place}?workflowType=machine_learning"
+    assert stored.data.tags["mlflow.user"] == getpass.getuser()
+    experiment = client(server).get_experiment(stored.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_an_exception_leaves_a_failed_run_with_its_reason(server):
@@ -131,6 +149,7 @@ def test_an_interruption_leaves_a_killed_run(server, error):
 DRIVER = """
 import sys, time
 from orchestration.services.tracking import open_run
+{prepare}
 with open_run("{experiment}", "parent of stopped", params={{}}, tags={{}}) as parent:
     with open_run("{experiment}", sys.argv[1], params={{}}, tags={{}}, parent_run_id=parent.run_id) as run:
         try:
@@ -141,22 +160,26 @@ with open_run("{experiment}", "parent of stopped", params={{}}, tags={{}}) as pa
 """
 
 
-def start_driver(name: str) -> tuple[subprocess.Popen[str], list[str]]:
-    command = [sys.executable, "-c", DRIVER.format(experiment=EXPERIMENT), name]
+def start_driver(name: str, prepare: str = "") -> tuple[subprocess.Popen[str], list[str]]:
+    command = [sys.executable, "-c", DRIVER.format(experiment=EXPERIMENT, prepare=prepare), name]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert driver.stdout is not None
     return driver, driver.stdout.readline().split()
 
 
-def test_sigterm_ends_parent_and_child_killed_and_runs_finally_blocks(server):
-    driver, run_ids = start_driver("stopped")
+@pytest.mark.timeout(120)
+def test_sigterm_to_a_driver_of_ray_ends_parent_and_child_killed(server):
+    """Ray's own handler raises; a second signal while the runs are being closed leaves none of them open."""
+    connect = "import ray; ray.init(address='local', num_cpus=1, include_dashboard=False, log_to_driver=False)"
+    driver, run_ids = start_driver("stopped", connect)
     driver.send_signal(signal.SIGTERM)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "cleaned up\n"
     driver.send_signal(signal.SIGTERM)
-    output, _ = driver.communicate(timeout=60)
-    assert output == "cleaned up\n"
+    driver.communicate(timeout=60)
     assert driver.returncode != 0
     assert [status_of(server, run_id) for run_id in run_ids] == ["KILLED", "KILLED"]
-    assert client(server).get_run(run_ids[1]).data.tags["error"] == "Interrupted: SIGTERM"
+    assert client(server).get_run(run_ids[1]).data.tags["error"].startswith("SystemExit")
 
 
 def test_a_run_whose_driver_got_sigkill_is_found_and_resumed(server):
@@ -179,12 +202,12 @@ def test_a_resumed_run_keeps_its_curve_and_loses_its_error(server):
         pytest.raises(ValueError, match="first"),
         open_run(EXPERIMENT, "again", params={"lr": 1}, tags={}) as run,
     ):
-        run.log_curve([(1, {"train/loss": 2.0})])
+        run.logger.log_curve([(1, {"train/loss": 2.0})])
         raise ValueError("first")
     with open_run(EXPERIMENT, "again", params={"lr": 1, "new": 2}, tags={}, resume_run_id=run.run_id) as again:
         assert again == run
         assert status_of(server, run.run_id) == "RUNNING"
-        again.log_curve([(2, {"train/loss": 1.0})])
+        again.logger.log_curve([(2, {"train/loss": 1.0})])
     stored = client(server).get_run(run.run_id)
     assert stored.info.status == "FINISHED"
     assert "error" not in stored.data.tags
@@ -240,7 +263,7 @@ def test_a_long_curve_arrives_whole_also_from_another_process(server):
     """A pickled RunLogger carries the run alone; its process finds the server in its own environment."""
     points = [(step, {"train/loss": 1.0 / (step + 1)}) for step in range(3000)]
     with open_run(EXPERIMENT, "curve", params={}, tags={}) as run:
-        run.log_curve(points[:1500])
+        run.logger.log_curve(points[:1500])
         code = "import pickle, sys; logger, points = pickle.load(sys.stdin.buffer); logger.log_curve(points)"
         payload = pickle.dumps((run.logger, points[1500:]))
         subprocess.run([sys.executable, "-c", code], input=payload, check=True, cwd=REPOSITORY, timeout=120)
@@ -268,6 +291,93 @@ def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, monke
     assert (state.step, state.is_final) == (6, True)
     history = client(server).get_metric_history(run.run_id, "refit/loss")
     assert sorted((entry.step, entry.value) for entry in history) == [(step, 1.0 / step) for step in range(1, 7)]
+
+
+def test_steps_that_are_trained_again_are_logged_once(server):
+    """An attempt that goes on from a checkpoint repeats steps; a key that the run has not seen is logged whole."""
+    points = [(step, {"train/loss": float(step), "train/rate": 0.5}) for step in (1, 2, 3)]
+    with open_run(EXPERIMENT, "repeats", params={}, tags={}) as run:
+        run.logger.log_curve(points)
+        run.logger.log_curve(points)
+        again = pickle.loads(pickle.dumps(run.logger))
+        assert again == RunLogger(run.run_id)
+        again.log_curve([(step, {"train/loss": -1.0, "val/loss": 1.0}) for step in (2, 3, 4)])
+    for key, steps in {"train/loss": [1, 2, 3, 4], "train/rate": [1, 2, 3], "val/loss": [2, 3, 4]}.items():
+        assert sorted(entry.step for entry in client(server).get_metric_history(run.run_id, key)) == steps
+
+
+def test_a_description_says_what_a_run_is_and_which_command_made_it(server, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/tinyemo", "train", "my recipe.toml"])
+    with open_run(EXPERIMENT, "described", params={}, tags={}) as run:
+        run.describe("A projector on Emotion6.", {"data": "s3://bucket/data", "export": None})
+    note = client(server).get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert note.startswith("A projector on Emotion6.\n")
+    assert "| data | s3://bucket/data |" in note
+    assert "export" not in note
+    assert note.endswith("Made by `tinyemo train 'my recipe.toml'`")
+
+
+def test_a_model_in_s3_is_referred_to_and_fetched_from_there(server, s3_root, tmp_path):
+    """One copy of the files: the run, its logged model and the registered version all lead to it."""
+    storage.write_bytes(f"{s3_root}/model/config.json", b"{}")
+    digest = "0123456789abcdef" * 4
+    with open_run(EXPERIMENT, "stored", params={}, tags={}) as run:
+        run.log_dataset("emotion6-test", digest, f"{s3_root}/data", 306, "test")
+        run.refer("model", f"{s3_root}/model")
+        model = {"name": "projector", "uri": f"{s3_root}/model", "dataset": ("emotion6-test", digest), "step": 7}
+        model_id = run.log_model(**model, metrics={"test/top1_accuracy": 0.5}, params={"loss": {"name": "cosine"}})
+        assert run.log_model(**model, metrics={"test/top1_accuracy": 0.5}) == model_id
+        register(run.run_id, f"{s3_root}/model", "tinyemo-stored", tags={}, card="From run stored.", model_id=model_id)
+    stored = client(server).get_run(run.run_id)
+    assert stored.data.metrics == {"test/top1_accuracy": 0.5}
+    assert not client(server).list_artifacts(run.run_id)
+    wanted = [{"dataset_name": "emotion6-test", "dataset_digest": digest[:36]}]
+    (found,) = client(server).search_logged_models([stored.info.experiment_id], datasets=wanted)
+    assert (found.model_id, found.name, found.source_run_id, found.status) == (
+        model_id, "projector", run.run_id, "READY",
+    )  # fmt: skip
+    assert (found.params, found.tags["uri"]) == ({"loss.name": "cosine"}, f"{s3_root}/model")
+    assert [(m.key, m.value, m.dataset_digest) for m in found.metrics] == [("test/top1_accuracy", 0.5, digest[:36])]
+    version = client(server).get_model_version_by_alias("tinyemo-stored", "champion")
+    assert (version.description, version.source) == ("From run stored.", f"{s3_root}/model")
+    for uri in (f"runs:/{run.run_id}/model", "models:/tinyemo-stored@champion", "models:/tinyemo-stored/1"):
+        assert (download_artifacts(uri) / "config.json").read_bytes() == b"{}"
+    assert download_artifacts(f"runs:/{run.run_id}/model/config.json", tmp_path).read_bytes() == b"{}"
+    with pytest.raises(AssetError, match="cannot load"):
+        download_artifacts(f"runs:/{run.run_id}/model/none.json")
+
+
+def test_runs_are_found_by_condition_and_ended_from_outside(server):
+    with open_run(EXPERIMENT, "search", params={}, tags={}) as run:
+        times = {"started_at": 1_700_000_000.0, "ended_at": 1_700_000_060.0}
+        for number in range(3):
+            name, tags = f"search-{number}", {"kind": "trial", "trial": str(number)}
+            points = [(1, {"val/loss": 1.0})]
+            record_run(run, name, params={"a": {"b": 1}}, tags=tags, points=points, status="FINISHED", **times)
+    children = find_runs("tags.kind = 'trial'", parent_run_id=run.run_id)
+    assert {child.tags["trial"] for child in children} == {"0", "1", "2"}
+    assert [child.params for child in children] == [{"a.b": "1"}] * 3
+    assert len(find_runs("tags.kind = 'trial'", experiment=EXPERIMENT, limit=2)) == 2
+    stored = client(server).get_run(children[0].run_id)
+    assert (stored.info.start_time, stored.info.end_time) == (1_700_000_000_000, 1_700_000_060_000)
+    end_run(run.run_id, "KILLED", error="its driver is gone")
+    taken = find_run(EXPERIMENT, "search")
+    assert taken is not None
+    assert (taken.status, taken.tags["error"]) == ("KILLED", "its driver is gone")
+
+
+def test_a_node_logs_its_system_metrics_while_the_block_runs(server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    with open_run(EXPERIMENT, "measured", params={}, tags={}) as run:
+        for _ in range(2):  # the second attempt goes on after the first one's steps
+            with system_metrics(run.run_id, "node-1"):
+                time.sleep(1.5)
+    with system_metrics(None, "node-1"):
+        pass
+    history = client(server).get_metric_history(run.run_id, "system/node-1/cpu_utilization_percentage")
+    steps = [entry.step for entry in history]
+    assert len(steps) > 2
+    assert len(set(steps)) == len(steps)
 
 
 def test_the_data_set_of_a_run_is_its_manifest(server):
@@ -299,7 +409,7 @@ def test_the_champion_comes_back_byte_by_byte(server, tmp_path):
         with open_run(EXPERIMENT, f"projector {seed}", params={}, tags={}) as run:
             run.log_artifacts(folder, "projector")
             run.log_artifact(folder / "config.json", "recipe")
-            versions.append(register_projector(run.run_id, "projector", "tinyemo-test", tags={"data": "real"}))
+            versions.append(register(run.run_id, "projector", "tinyemo-test", tags={"data": "real"}))
         folders.append(folder)
     assert versions == ["1", "2"]
     artifact_uri = client(server).get_run(run.run_id).info.artifact_uri
@@ -338,7 +448,7 @@ def test_a_missing_artifact_is_one_line(server, uri):
 def test_a_run_without_the_artifact_registers_nothing(server, tmp_path):
     with open_run(EXPERIMENT, "empty", params={}, tags={}) as run:
         with pytest.raises(AssetError, match="no artifact 'projector'"):
-            register_projector(run.run_id, "projector", "never-registered", tags={})
+            register(run.run_id, "projector", "never-registered", tags={})
         with pytest.raises(FileNotFoundError):
             run.log_artifact(tmp_path / "none.json")
         with pytest.raises(NotADirectoryError):
@@ -372,3 +482,33 @@ def test_a_server_that_goes_away_under_a_run_hides_no_error(server, monkeypatch,
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert "\n" not in str(caught.value)
     assert "may still be shown as RUNNING" in caplog.text
+
+
+def test_git_state_falls_back_to_the_environment(tmp_path):
+    """A copy outside any checkout, as in a Ray job's working directory."""
+    for file in ("orchestration/__init__.py", "orchestration/services", "tinyemo/__init__.py", "tinyemo/errors.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        copy = shutil.copytree if (REPOSITORY / file).is_dir() else shutil.copy
+        copy(REPOSITORY / file, tmp_path / file)
+    code = "import json; from orchestration.services.tracking import git_state; print(json.dumps(git_state()))"
+
+    def state(**variables: str) -> dict[str, str]:
+        environment = {"PATH": os.environ["PATH"]} | variables
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60
+        )
+        return json.loads(done.stdout)
+
+    assert state() == {"git_commit": "unknown", "git_dirty": "unknown"}
+    submitted = {"TINYEMO_GIT_COMMIT": "abc", "TINYEMO_GIT_DIRTY": "false"}
+    assert state(**submitted) == {"git_commit": "abc", "git_dirty": "false"}
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "orchestration", "tinyemo"], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    # Python's caches from the runs above are files that git does not know.
+    (tmp_path / ".git/info/exclude").write_text("__pycache__\n")
+    committed = state(**submitted)
+    assert len(committed["git_commit"]) == 40
+    assert committed["git_dirty"] == "false"
+    (tmp_path / "new.py").touch()
+    assert state() == committed | {"git_dirty": "true"}
