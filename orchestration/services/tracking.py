@@ -376,7 +376,6 @@ def open_run(
         tags["mlflow.parentRunId"] = parent_run_id
     texts = flatten(params)
     opened: list[RunInfo] = []
-    _open_runs.append(opened)
 
     def start() -> None:
         with _client(f"open run {name}") as client:
@@ -397,18 +396,7 @@ def open_run(
         for run in opened:
             _close_after(error, run, "KILLED" if is_stopped else "FAILED")
         raise
-    finally:
-        _open_runs.remove(opened)
     _finish(lambda: end_run(info.run_id, "FINISHED"))
-
-
-_open_runs: list[list[RunInfo]] = []
-
-
-def fail_open_runs(error: BaseException) -> None:
-    """End the runs that this process has open as FAILED, for a thread that ends the process."""
-    for run in [run for opened in reversed(_open_runs) for run in opened]:
-        _close_after(error, run, "FAILED")
 
 
 def _finish(request: Callable[[], None]) -> None:
