@@ -29,3 +29,7 @@ class PlatformError(TinyEmoError):
 
 class TrainingError(TinyEmoError):
     """A run cannot start, go on or be resumed."""
+
+
+class LostLeaseError(TrainingError):
+    """Another driver took the run over; this one writes nothing more, neither to S3 nor to the run's MLflow record."""

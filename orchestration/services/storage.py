@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -344,6 +345,19 @@ def bucket_exists(bucket: str) -> bool:
 def _require_bucket(bucket: str) -> None:
     if not bucket_exists(bucket):
         raise _describe_answer("NoSuchBucket", f"s3://{bucket}", _where())
+
+
+def age_s(uri: str) -> float:
+    """Return how many seconds ago the object was written, by the clock of the S3 server alone; whole seconds.
+
+    Raises:
+        MissingObjectError: where the object does not exist.
+    """
+    bucket, key = parse_s3_uri(uri)
+    with _typed_errors(uri):
+        answer = client().head_object(Bucket=bucket, Key=key)
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float((now - answer["LastModified"]).total_seconds())
 
 
 def exists(uri: str) -> bool:

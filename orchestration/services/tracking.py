@@ -700,8 +700,12 @@ def _resume(client: Any, run_id: str, params: dict[str, str], tags: dict[str, st
     run = None
     with _tolerated("RESOURCE_DOES_NOT_EXIST"):
         run = client.get_run(run_id)
-    if run is None:
-        raise TrainingError(f"there is no run {run_id} to resume: start the recipe under another name")
+    if run is None or run.info.lifecycle_stage == "deleted":
+        name = params.get("name", "NAME")
+        raise TrainingError(
+            f"there is no run {run_id} in MLflow to resume, but S3 still has the files of {name}: remove them with "
+            f"`tinyemo runs rm {name}`, or start the recipe under another name with --set name=..."
+        )
     info = _info(run)
     changed = [key for key, text in params.items() if info.params.get(key, text) != text]
     if changed:

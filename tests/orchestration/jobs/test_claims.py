@@ -1,4 +1,4 @@
-"""Who holds a run's name, in a real S3 server."""
+"""The claim that binds a run name to a recipe and its data, in a real S3 server."""
 
 from __future__ import annotations
 
