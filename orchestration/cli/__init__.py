@@ -20,6 +20,7 @@ from orchestration.cli.ingest_instruct import instruct_command
 from orchestration.cli.ingest_oasis import oasis_command
 from orchestration.cli.platform import platform_app
 from orchestration.cli.recipes import recipes_app
+from orchestration.cli.runs import datasets_app, runs_app
 from orchestration.cli.stream import stream
 from orchestration.cli.train import family, train
 from orchestration.cli.tune import tune
@@ -38,6 +39,8 @@ ingest_app.command("instruct")(instruct_command)
 ingest_app.command("oasis")(oasis_command)
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
+app.add_typer(datasets_app, name="datasets")
 app.command()(features)
 app.command()(train)
 app.command()(family)

@@ -435,6 +435,24 @@ def find_run(experiment: str, name: str, *, parent_run_id: str | None = None) ->
     return found[0] if found else None
 
 
+def registered_versions(run_id: str) -> list[str]:
+    """Return "NAME version N" of every registered model version that was made from a run."""
+    with _client("look for registered models") as client:
+        found = client.search_model_versions(f"run_id = '{run_id}'")
+    return [f"{version.name} version {version.version}" for version in found]
+
+
+def delete_run(run_id: str) -> None:
+    """Delete a run; nothing happens if MLflow has no such run or has deleted it before."""
+    with (
+        _client(f"delete run {run_id}") as client,
+        _tolerated("RESOURCE_DOES_NOT_EXIST"),
+        _tolerated("INVALID_PARAMETER_VALUE"),
+        _tolerated("INVALID_STATE"),
+    ):
+        client.delete_run(run_id)
+
+
 def find_runs(
     condition: str = "", *, experiment: str | None = None, parent_run_id: str | None = None, limit: int = 50_000
 ) -> list[RunInfo]:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestration.services import storage
+from orchestration.services import storage, tracking
 from orchestration.services.tracking import (
     RunLogger,
     download_artifacts,
@@ -512,3 +512,16 @@ def test_git_state_falls_back_to_the_environment(tmp_path):
     assert committed["git_dirty"] == "false"
     (tmp_path / "new.py").touch()
     assert state() == committed | {"git_dirty": "true"}
+
+
+def test_a_run_is_deleted_once_and_its_models_are_known(server: str) -> None:
+    with tracking.open_run("tests", "doomed", params={}, tags={}) as run:
+        pass
+    mlflow = client(server)
+    mlflow.create_registered_model("from-doomed")
+    mlflow.create_model_version("from-doomed", f"runs:/{run.run_id}/model", run.run_id)
+    assert tracking.registered_versions(run.run_id) == ["from-doomed version 1"]
+    assert tracking.registered_versions("0" * 32) == []
+    for run_id in (run.run_id, run.run_id, "0" * 32):
+        tracking.delete_run(run_id)
+    assert mlflow.get_run(run.run_id).info.lifecycle_stage == "deleted"

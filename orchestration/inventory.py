@@ -1,0 +1,235 @@
+"""What lies in S3: the runs and the data sets under a folder, how far each is, and how to delete one.
+
+A run or a data set that something else was made from is never deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestration.services import storage
+from tinyemo.errors import DataError, StorageError, TrainingError
+
+STOPPED_AFTER_S = 60.0
+"""Age of a heartbeat from which on a run counts as stopped."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """State of one run in S3."""
+
+    name: str
+    folder: str
+    kind: str
+    """train, family, tune or stream."""
+    state: str
+    """running, stopped or finished."""
+    stage: str | None
+    """Stage of the newest checkpoint; None before the first one."""
+    step: int | None
+    """Optimizer step of the newest checkpoint."""
+    num_steps: int | None
+    """Optimizer steps of that stage, if its checkpoint says so."""
+    heartbeat_age_s: float | None
+    """Seconds since the driver's last sign of life; None if it left none."""
+    num_bytes: int
+    """Bytes of all files in S3."""
+    run_id: str | None
+    """MLflow run."""
+    experiment: str
+    data: dict[str, str]
+    """Digests of the data sets that it reads, by name."""
+    made_from: tuple[str, ...]
+    """Names of the runs that it needs: the parts of a family or search, and runs whose files its recipe names."""
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """State of one data set in S3."""
+
+    name: str
+    uri: str
+    kind: str
+    """features, images or instruct; incomplete if no version was finished."""
+    version: str | None
+    """Newest version."""
+    num_versions: int
+    rows: dict[str, int]
+    """Records of each split."""
+    num_bytes: int
+    """Bytes of all files of all versions in S3."""
+    digests: tuple[str, ...]
+    """Digests of all versions."""
+    used_by: tuple[str, ...]
+    """Names of the runs that read any of its versions."""
+
+
+def list_runs(root: str) -> list[RunSummary]:
+    """Return the runs under an S3 folder, sorted by name."""
+    files = _by_name(root)
+    claims = {name: _read(f"{root}/{name}/run.json", paths) for name, paths in files.items()}
+    recipes = {name: json.dumps(claim.get("recipe", {})) for name, claim in claims.items()}
+    found = []
+    for name, paths in files.items():
+        kind = _kind(paths, claims[name])
+        needed = {other for other in re.findall(rf"{re.escape(root)}/([^/\"]+)", recipes[name]) if other in files}
+        if kind in ("family", "tune"):
+            needed |= {other for other in files if other.startswith(f"{name}-")}
+        found.append(_summarize_run(f"{root}/{name}", kind, paths, claims[name], sorted(needed)))
+    return found
+
+
+def list_datasets(root: str, runs: Iterable[RunSummary] = ()) -> list[DatasetSummary]:
+    """Return the data sets under an S3 folder, sorted by name; `runs` are those that may read them."""
+    readers = list(runs)
+    found = []
+    for name, paths in _by_name(root).items():
+        folder = f"{root}/{name}"
+        manifests = {uri.split("/")[-2]: _read(uri, paths) for uri in paths if uri.endswith("/manifest.json")}
+        newest = _read(f"{folder}/latest.json", paths).get("version")
+        manifest = manifests.get(str(newest), {})
+        digests = tuple(str(item.get("digest")) for item in manifests.values())
+        found.append(
+            DatasetSummary(
+                name=name,
+                uri=folder,
+                kind=str(manifest.get("kind", "incomplete")),
+                version=newest,
+                num_versions=len(manifests),
+                rows={split: int(counts["rows"]) for split, counts in manifest.get("splits", {}).items()},
+                num_bytes=sum(paths.values()),
+                digests=digests,
+                used_by=tuple(run.name for run in readers if set(run.data.values()) & set(digests)),
+            )
+        )
+    return found
+
+
+def find_run(root: str, name: str) -> RunSummary:
+    """Return one run of `list_runs`; DataError if there is none of that name."""
+    found = {run.name: run for run in list_runs(root)}
+    if name not in found:
+        raise DataError(f"no run {name} at {root}: see `tinyemo runs list`")
+    return found[name]
+
+
+def find_dataset(root: str, name: str, runs_root: str) -> DatasetSummary:
+    """Return one data set of `list_datasets`; DataError if there is none of that name."""
+    found = {dataset.name: dataset for dataset in list_datasets(root, list_runs(runs_root))}
+    if name not in found:
+        raise DataError(f"no data set {name} at {root}: see `tinyemo datasets list`")
+    return found[name]
+
+
+def deletable_runs(root: str, name: str) -> list[RunSummary]:
+    """Return the runs to delete for `name`: the run itself, after the parts of a family or search.
+
+    Raises:
+        DataError: if there is no such run.
+        TrainingError: if a run of these is in progress, or another run or a registered model was made from it.
+    """
+    from orchestration.services import tracking
+
+    runs = {run.name: run for run in list_runs(root)}
+    chosen = find_run(root, name)
+    parts = [runs[part] for part in chosen.made_from if chosen.kind in ("family", "tune")]
+    doomed = [*parts, chosen]
+    for run in doomed:
+        if run.state == "running":
+            raise TrainingError(f"{run.name} is in progress: stop its driver first")
+        names = {item.name for item in doomed}
+        users = [other.name for other in runs.values() if run.name in other.made_from and other.name not in names]
+        models = tracking.registered_versions(run.run_id) if run.run_id else []
+        if users or models:
+            raise TrainingError(f"{run.name} cannot be deleted: {', '.join([*users, *models])} was made from it")
+    return doomed
+
+
+def delete_runs(runs: Iterable[RunSummary]) -> None:
+    """Delete runs from MLflow and from S3; `deletable_runs` says which may go."""
+    from orchestration.services import tracking
+
+    for run in runs:
+        if run.run_id:
+            tracking.delete_run(run.run_id)
+        storage.delete_prefix(run.folder)
+
+
+def delete_dataset(dataset: DatasetSummary) -> None:
+    """Delete all versions of a data set from S3.
+
+    Raises:
+        DataError: if a run reads it.
+    """
+    if dataset.used_by:
+        raise DataError(f"{dataset.name} cannot be deleted: {', '.join(dataset.used_by)} was made from it")
+    storage.delete_prefix(dataset.uri)
+
+
+def _by_name(root: str) -> dict[str, dict[str, int]]:
+    """Return address and bytes of every file below each folder of `root`."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for uri, num_bytes in storage.list_prefix(root).items():
+        name, _, rest = uri.removeprefix(f"{root}/").partition("/")
+        if rest:
+            found[name][uri] = num_bytes
+    return dict(sorted(found.items()))
+
+
+def _read(uri: str, paths: dict[str, int]) -> dict[str, Any]:
+    if uri not in paths:
+        return {}
+    try:
+        document = storage.read_json(uri)
+    except StorageError:
+        storage.exists(uri)  # raises if S3 cannot be read; a torn file counts as empty
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _kind(paths: dict[str, int], claim: dict[str, Any]) -> str:
+    if claim.get("kind") in ("family", "tune", "stream"):
+        return str(claim["kind"])
+    if any(uri.endswith("/family.json") for uri in paths):
+        return "family"
+    if claim.get("recipe", {}).get("search", {}).get("space") and any("/trials/" in uri for uri in paths):
+        return "tune"
+    return "train"
+
+
+def _summarize_run(
+    folder: str,
+    kind: str,
+    paths: dict[str, int],
+    claim: dict[str, Any],
+    made_from: list[str],
+) -> RunSummary:
+    states = [(uri.split("/")[-2], _read(uri, paths)) for uri in paths if uri.endswith("/latest.json")]
+    open_states = [item for item in states if not item[1].get("is_final")]
+    stage, newest = (open_states or states)[-1] if states else (None, {})
+    lease = f"{folder}/lease.json"
+    heartbeat_age_s = storage.age_s(lease) if lease in paths else None
+    # A driver that ended by itself clears the holder.
+    is_held = bool(_read(lease, paths).get("holder"))
+    is_alive = is_held and heartbeat_age_s is not None and heartbeat_age_s < STOPPED_AFTER_S
+    is_finished = bool({f"{folder}/result.json", f"{folder}/family.json"} & set(paths))
+    return RunSummary(
+        name=folder.rsplit("/", 1)[-1],
+        folder=folder,
+        kind=kind,
+        state="finished" if is_finished else "running" if is_alive else "stopped",
+        stage=stage,
+        step=newest.get("step"),
+        num_steps=newest.get("num_steps"),
+        heartbeat_age_s=heartbeat_age_s,
+        num_bytes=sum(paths.values()),
+        run_id=claim.get("mlflow_run_id"),
+        experiment=claim.get("recipe", {}).get("experiment", ""),
+        data=dict(claim.get("data", {})),
+        made_from=tuple(made_from),
+    )
