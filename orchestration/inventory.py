@@ -12,11 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration.services import storage
+from orchestration.jobs.lease import read_lease
+from orchestration.services import storage, tracking
 from tinyemo.errors import DataError, StorageError, TrainingError
-
-STOPPED_AFTER_S = 60.0
-"""Age of a heartbeat from which on a run counts as stopped."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class RunSummary:
     """Optimizer steps of that stage, if its checkpoint says so."""
     heartbeat_age_s: float | None
     """Seconds since the driver's last sign of life; None if it left none."""
+    holder: str
+    """Driver that holds the run; empty if none does."""
     num_bytes: int
     """Bytes of all files in S3."""
     run_id: str | None
@@ -133,15 +133,13 @@ def deletable_runs(root: str, name: str) -> list[RunSummary]:
         DataError: if there is no such run.
         TrainingError: if a run of these is in progress, or another run or a registered model was made from it.
     """
-    from orchestration.services import tracking
-
     runs = {run.name: run for run in list_runs(root)}
     chosen = find_run(root, name)
     parts = [runs[part] for part in chosen.made_from if chosen.kind in ("family", "tune")]
     doomed = [*parts, chosen]
     for run in doomed:
         if run.state == "running":
-            raise TrainingError(f"{run.name} is in progress: stop its driver first")
+            raise TrainingError(f"{run.name} is in progress: stop its driver first ({run.holder})")
         names = {item.name for item in doomed}
         users = [other.name for other in runs.values() if run.name in other.made_from and other.name not in names]
         models = tracking.registered_versions(run.run_id) if run.run_id else []
@@ -152,8 +150,6 @@ def deletable_runs(root: str, name: str) -> list[RunSummary]:
 
 def delete_runs(runs: Iterable[RunSummary]) -> None:
     """Delete runs from MLflow and from S3; `deletable_runs` says which may go."""
-    from orchestration.services import tracking
-
     for run in runs:
         if run.run_id:
             tracking.delete_run(run.run_id)
@@ -212,21 +208,18 @@ def _summarize_run(
     states = [(uri.split("/")[-2], _read(uri, paths)) for uri in paths if uri.endswith("/latest.json")]
     open_states = [item for item in states if not item[1].get("is_final")]
     stage, newest = (open_states or states)[-1] if states else (None, {})
-    lease = f"{folder}/lease.json"
-    heartbeat_age_s = storage.age_s(lease) if lease in paths else None
-    # A driver that ended by itself clears the holder.
-    is_held = bool(_read(lease, paths).get("holder"))
-    is_alive = is_held and heartbeat_age_s is not None and heartbeat_age_s < STOPPED_AFTER_S
+    lease = read_lease(folder) if f"{folder}/lease.json" in paths else None
     is_finished = bool({f"{folder}/result.json", f"{folder}/family.json"} & set(paths))
     return RunSummary(
         name=folder.rsplit("/", 1)[-1],
         folder=folder,
         kind=kind,
-        state="finished" if is_finished else "running" if is_alive else "stopped",
+        state="finished" if is_finished else "running" if lease is not None and lease.is_alive else "stopped",
         stage=stage,
         step=newest.get("step"),
         num_steps=newest.get("num_steps"),
-        heartbeat_age_s=heartbeat_age_s,
+        heartbeat_age_s=None if lease is None else lease.age_s,
+        holder="" if lease is None else lease.holder,
         num_bytes=sum(paths.values()),
         run_id=claim.get("mlflow_run_id"),
         experiment=claim.get("recipe", {}).get("experiment", ""),

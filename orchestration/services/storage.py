@@ -312,15 +312,6 @@ def delete_prefix(uri: str) -> int:
     return len(keys)
 
 
-def age_s(uri: str) -> float:
-    """Return the seconds since an object was written, by the clock of the S3 server alone."""
-    bucket, key = parse_s3_uri(uri)
-    with _typed_errors(uri):
-        answer = client().head_object(Bucket=bucket, Key=key)
-    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    return float(max(0.0, (now - answer["LastModified"]).total_seconds()))
-
-
 def read_json(uri: str) -> Any:
     """The JSON document at `uri`.
 

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestration.cli import app
-from orchestration.inventory import STOPPED_AFTER_S, find_run
+from orchestration.inventory import find_run
+from orchestration.jobs.lease import OLD_AFTER_S, Holder, LeaseDocument
 from orchestration.recipe import load_recipe
 from orchestration.services import storage, tracking
 from tinyemo.errors import DataError, TinyEmoError, TrainingError
@@ -54,6 +55,11 @@ def put_run(root: str, name: str, *overrides: str, states: dict[str, dict[str, A
         storage.write_json(f"{root}/{name}/{stage}/latest.json", state)
 
 
+def put_lease(root: str, name: str, holder: Holder | None) -> None:
+    document = LeaseDocument(token=1, lease_id="a", nonce="b", holder=holder)
+    storage.write_bytes(f"{root}/{name}/lease.json", document.model_dump_json().encode())
+
+
 def listed(root: str) -> dict[str, dict[str, Any]]:
     rows = json.loads(invoke("runs", "list", "--runs-root", root, "--json").stdout)
     return {row["name"]: row for row in rows}
@@ -62,9 +68,9 @@ def listed(root: str) -> dict[str, dict[str, Any]]:
 def test_a_run_is_running_stopped_or_finished(s3_root: str) -> None:
     stages = {"pretrain": {"step": 8, "is_final": True}, "finetune": {"step": 5, "num_steps": 9}}
     put_run(s3_root, "held", states=stages)
-    storage.write_json(f"{s3_root}/held/lease.json", {"holder": "token", "beat": 3})
+    put_lease(s3_root, "held", Holder.this_process())
     put_run(s3_root, "stopped", states={"pretrain": {"step": 7, "is_final": False}})
-    storage.write_json(f"{s3_root}/stopped/lease.json", {"holder": "", "beat": 3})
+    put_lease(s3_root, "stopped", None)
     put_run(s3_root, "torn")
     storage.write_bytes(f"{s3_root}/torn/lease.json", b'{"hold')
     put_run(s3_root, "done")
@@ -74,7 +80,7 @@ def test_a_run_is_running_stopped_or_finished(s3_root: str) -> None:
     assert states == {"done": "finished", "held": "running", "stopped": "stopped", "torn": "stopped"}
     assert (runs["held"]["stage"], runs["held"]["step"], runs["held"]["num_steps"]) == ("finetune", 5, 9)
     assert (runs["stopped"]["stage"], runs["stopped"]["step"], runs["stopped"]["num_steps"]) == ("pretrain", 7, None)
-    assert 0 <= runs["held"]["heartbeat_age_s"] < STOPPED_AFTER_S
+    assert 0 <= runs["held"]["heartbeat_age_s"] < OLD_AFTER_S
     assert runs["done"]["heartbeat_age_s"] is None
     assert runs["done"]["num_bytes"] == sum(storage.list_prefix(f"{s3_root}/done").values())
     text = invoke("runs", "list", "--runs-root", s3_root).stdout
@@ -86,8 +92,8 @@ def test_a_run_is_running_stopped_or_finished(s3_root: str) -> None:
 
 def test_an_old_heartbeat_is_that_of_a_dead_driver(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     put_run(s3_root, "dead")
-    storage.write_json(f"{s3_root}/dead/lease.json", {"holder": "token"})
-    monkeypatch.setattr(storage, "age_s", lambda uri: STOPPED_AFTER_S + 1)
+    put_lease(s3_root, "dead", Holder.this_process())
+    monkeypatch.setattr(storage, "age_s", lambda uri: OLD_AFTER_S + 1)
     assert find_run(s3_root, "dead").state == "stopped"
 
 
@@ -109,7 +115,7 @@ def test_rm_refuses_what_something_was_made_from(s3_root: str, mlflow: Mlflow) -
     put_run(s3_root, "base")
     put_run(s3_root, "child", f'reasoner.llm="{s3_root}/base/model"')
     put_run(s3_root, "busy")
-    storage.write_json(f"{s3_root}/busy/lease.json", {"holder": "token"})
+    put_lease(s3_root, "busy", Holder.this_process())
     mlflow.models["id-child"] = ["tinyemo-projector version 3"]
     for name, reason in (
         ("base", "child was made from it"),
