@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import ingest_facts, progress, show_json, show_rejected, show_stored
+from orchestration.cli.ingest_output import ingest_facts, show_json, show_rejected, show_stored
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
+from orchestration.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from orchestration.instruct.ingest import InstructReport
@@ -50,7 +51,7 @@ def instruct_command(
 
     load_platform_environment()
     # Ray reports lost workers on stdout, which is for results.
-    with progress() as advance, redirect_stdout(sys.stderr):
+    with show_progress() as advance, redirect_stdout(sys.stderr):
         report = ingest_instruct(
             records,
             images,
