@@ -43,7 +43,7 @@ from orchestration.streaming.sampling import rank_slice
 from orchestration.training.loop import build_projector, take_step
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import TAXONOMIES
 
 LOSSES = ("cosine", "nt_xent", "info_nce", "prototype")
 PUBLISHED = LOSSES[:3]
@@ -170,7 +170,7 @@ def random_objective(recipe: Recipe) -> Objective:
     words = known_words()
     vectors = torch.randn(len(words), recipe.projector.hidden_size, generator=torch.Generator().manual_seed(1))
     labels = LabelEmbeddings(words, vectors, "random", "random", "random", "word")
-    return build_objective(recipe.loss, labels, taxonomy_labels("ekman"), synonyms_probability=0, seed=0)
+    return build_objective(recipe.loss, labels, TAXONOMIES["ekman"].words, synonyms_probability=0, seed=0)
 
 
 def random_batches(batch_size: int, rank: int, world_size: int) -> list[Batch]:

@@ -156,7 +156,7 @@ def published_schedule() -> dict[str, Any]:
     recipe = load_recipe("emotion6", ["data.validation_fraction=0"])
     preparation = prepare(recipe)
     data = read_search_data(preparation, [label_embeddings(recipe.labels)])
-    test = shared_rows(preparation.manifest, preparation.splits["test"])
+    test = shared_rows(preparation.manifest, preparation.selection.test)
     figures: dict[str, Any] = {}
     for loss in PUBLISHED:
         found = []

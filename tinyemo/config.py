@@ -3,13 +3,13 @@ and what is wrong in it said, at once."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tinyemo.errors import ConfigError
 from tinyemo.families import FAMILY
-from tinyemo.taxonomies import render
+from tinyemo.taxonomies import Taxonomy, TaxonomyChoice, find_taxonomy, render
 
 
 class Section(BaseModel):
@@ -44,10 +44,11 @@ class LabelConfig(Section):
     """real: the language model's own table; random: a seeded one of the same width, and every result says so."""
     template: str = "word"
     """word, emotion, image, scene, or a text with {emotion} in it."""
-    taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
-    """The labels that are told apart."""
+    taxonomy: TaxonomyChoice | None = None
+    """Labels that are told apart: ekman, mikels, parrott, or a TOML or JSON file with words, synonyms and maps to other
+    taxonomies. Left out: those of the data set."""
     words: tuple[str, ...] = ()
-    """Labels of your own, at least two; empty takes those of the taxonomy."""
+    """Labels of your own, at least two, in place of a taxonomy."""
     synonyms_probability: float = Field(0.0, ge=0, le=1)
     """Chance that a training sample's label text is swapped for one of its synonyms (published: 0.5 or none)."""
     taxonomy_augmentation: float = Field(0.0, ge=0, le=1)
@@ -61,6 +62,21 @@ class LabelConfig(Section):
         if value not in FAMILY:
             raise ValueError(f"must be one of {', '.join(FAMILY)}")
         return value
+
+    @model_validator(mode="after")
+    def _check_words(self) -> Self:
+        if self.words and self.taxonomy is not None:
+            raise ValueError("labels.words: goes in place of labels.taxonomy, not beside it")
+        if self.words:
+            try:
+                find_taxonomy(self.words)
+            except ConfigError as error:
+                raise ValueError(f"labels.words: {error}") from error
+        return self
+
+    def resolved(self, default: Taxonomy) -> Taxonomy:
+        """Return the taxonomy that these fields choose, or `default` where they choose none."""
+        return find_taxonomy(self.words) if self.words else self.taxonomy or default
 
     @field_validator("template")
     @classmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyemo.atomic_files import write_atomically
 from tinyemo.embedding_tables import EmbeddingTable
 from tinyemo.errors import DataError
-from tinyemo.taxonomies import LABELS, canonical_word, render, synonyms
+from tinyemo.taxonomies import TAXONOMIES, Taxonomy, canonical_word, render
 
 METADATA_KEY = "label_embeddings"
 
@@ -110,9 +110,14 @@ class LabelEmbeddings:
         return loaded
 
 
-def known_words() -> tuple[str, ...]:
-    """Every label, then every synonym that is no label, each once and in a fixed order."""
-    return tuple(dict.fromkeys((*LABELS, *(text for label in LABELS for text in synonyms(label)))))
+def known_words(taxonomy: Taxonomy | None = None) -> tuple[str, ...]:
+    """Return the labels and synonyms of all built-in taxonomies, then the words of `taxonomy` that are not among them.
+
+    Each word occurs once, in a fixed order.
+    """
+    labels = sorted({word for built_in in TAXONOMIES.values() for word in built_in.words})
+    synonyms = [text for label in labels for text in TAXONOMIES["parrott"].synonyms.get(label, ())]
+    return tuple(dict.fromkeys((*labels, *synonyms, *(taxonomy.all_words() if taxonomy else ()))))
 
 
 def embed_labels(table: EmbeddingTable, words: Sequence[str], template: str) -> LabelEmbeddings:

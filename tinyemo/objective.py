@@ -18,7 +18,7 @@ from tinyemo.config import LossConfig
 from tinyemo.distributed import gather_rows, rank
 from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.losses import compute_loss
-from tinyemo.taxonomies import TAXONOMIES, map_label, synonyms
+from tinyemo.taxonomies import TAXONOMIES, Taxonomy
 
 # Streams of random numbers that must not share a seed.
 _DROPOUT, _SYNONYMS, _TAXONOMIES, _MIXUP = 1, 2, 3, 4
@@ -127,11 +127,11 @@ def build_objective(
     *,
     synonyms_probability: float,
     seed: int,
-    taxonomy: str = "ekman",
+    taxonomy: Taxonomy = TAXONOMIES["ekman"],
     taxonomy_augmentation: float = 0.0,
 ) -> Objective:
     """The objective of telling `words` of `taxonomy` apart; the texts they are swapped for join the text table."""
-    by_synonym = [synonyms(word) if synonyms_probability else () for word in words]
+    by_synonym = [taxonomy.synonyms.get(word, ()) if synonyms_probability else () for word in words]
     by_taxonomy = [other_labels(word, taxonomy) if taxonomy_augmentation else () for word in words]
     extra = [text for texts in (*by_synonym, *by_taxonomy) for text in texts]
     places = iter(range(len(words), len(words) + len(extra)))
@@ -147,7 +147,7 @@ def build_objective(
     )
 
 
-def other_labels(word: str, taxonomy: str) -> tuple[str, ...]:
-    """The labels of the other taxonomies that stand for a label of this one, each once, without the word itself."""
-    mapped = (map_label(word, taxonomy, other) for other in TAXONOMIES if other != taxonomy)
+def other_labels(word: str, taxonomy: Taxonomy) -> tuple[str, ...]:
+    """Return the labels of other taxonomies that stand for a label of this one, each once, without the word itself."""
+    mapped = (mapping.get(word) for mapping in taxonomy.maps.values())
     return tuple(dict.fromkeys(label for label in mapped if label is not None and label != word))

@@ -1,20 +1,34 @@
-"""Emotion words: three taxonomies, one global id per word, maps between them, synonyms and label templates.
+"""Emotion words: taxonomies with their synonyms and maps to each other, and the texts that stand for a label.
 
-Words, the maps from Parrott to the others, and synonyms come from the published work (arXiv 2410.07062;
-taxonomies.json). The other maps are derived from those. WEBEmo spells two words in its own way; both spellings are
-read, one is used.
+Three taxonomies are built in: ekman, mikels and parrott. Their words, the maps from Parrott to the other two, and the
+synonyms come from the published work (arXiv 2410.07062; taxonomies.json); the other maps are derived from those. A
+taxonomy of one's own is a list of words, or a TOML or JSON file with the fields of `Taxonomy`.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import tomllib
+from collections.abc import Iterable
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from tinyemo.errors import ConfigError, DataError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from tinyemo.errors import ConfigError
 
 ALIASES: dict[str, str] = {"cheerfullness": "cheerfulness", "irritabilty": "irritability"}
-"""Spellings that are accepted on input, with the one that is used."""
+"""WEBEmo's spellings of two words, and the spellings that are used here."""
 
 TEMPLATES: dict[str, str] = {
     "word": "{emotion}",
@@ -23,7 +37,7 @@ TEMPLATES: dict[str, str] = {
     "scene": "a scene evoking {emotion} to viewers",
     "spaced": " {emotion}",
 }
-"""Texts for a label by the name that a recipe gives: the published ones and `spaced`, ours.
+"""Texts for a label by the name that a recipe gives: the published ones and `spaced`, which this project adds.
 
 With SmolLM2 a bare `sadness` is the tokens s, ad, ness; with a space before it, a single one. Of Parrott's 75 synonyms
 27 then lie nearest to their own label, and 9 without it, so `spaced` suits words unseen in training. But the six Ekman
@@ -31,93 +45,156 @@ labels draw closer together: trained on Emotion6 the bare word is better with th
 306 test images, mean of 20 seeds) and the same within noise with NT-Xent (73.0, 73.2) and InfoNCE (73.7, 73.7).
 """
 
-_FACTS: dict[str, Any] = json.loads(files("tinyemo").joinpath("taxonomies.json").read_text(encoding="utf-8"))
+OWN_WORDS = "own words"
+"""Name of a taxonomy that was given as a list of words."""
+_WORD = re.compile(r"[^\s,\[\]\"'`][^,\[\]\"`\n\r\t]*")
 
 
 def canonical_word(word: str) -> str:
-    """`word` stripped, in lower case, aliases replaced; it need not be a label."""
+    """Return `word` stripped, in lower case and with aliases replaced; it need not be a label."""
     word = word.strip().lower()
     return ALIASES.get(word, word)
 
 
-TAXONOMIES: dict[str, tuple[str, ...]] = {
-    name: tuple(sorted(canonical_word(word) for word in _FACTS[name])) for name in ("ekman", "mikels", "parrott")
-}
-"""Labels of each taxonomy in canonical spelling, sorted."""
-
-LABELS: tuple[str, ...] = tuple(sorted({word for words in TAXONOMIES.values() for word in words}))
-"""Every label of every taxonomy once, sorted; a label's place is its global id."""
-
-_LABEL_IDS = {word: index for index, word in enumerate(LABELS)}
-_FROM_PARROTT: dict[str, dict[str, str | None]] = {
-    "parrott": {word: word for word in TAXONOMIES["parrott"]},
-    "ekman": {canonical_word(word): image for word, image in _FACTS["parrott_to_ekman"].items()},
-    "mikels": {canonical_word(word): image for word, image in _FACTS["parrott_to_mikels"].items()},
-}
-_SYNONYMS = {canonical_word(word): tuple(texts) for word, texts in _FACTS["parrott_synonyms"].items()}
+Word = Annotated[str, AfterValidator(canonical_word)]
 
 
-def canonical_label(word: str) -> str:
-    """The label in the spelling that is used everywhere.
+class Taxonomy(BaseModel):
+    """The labels that are told apart, with what is known of each. Words are brought into canonical spelling."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = OWN_WORDS
+    words: tuple[Word, ...]
+    """Labels; a label's place here is its number."""
+    synonyms: dict[Word, tuple[Word, ...]] = {}
+    """Label -> other words for it."""
+    maps: dict[str, dict[Word, Word]] = {}
+    """Name of another taxonomy -> label -> the other taxonomy's label that stands for it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = [
+            f"word {word!r}: use letters, digits, spaces and dashes" for word in self.words if not _WORD.fullmatch(word)
+        ]
+        if len(set(self.words)) < len(self.words) or len(self.words) < 2:
+            problems.append("words: at least 2, and none twice")
+        fields = {"synonyms": set(self.synonyms), **{f"maps.{name}": set(table) for name, table in self.maps.items()}}
+        problems += [
+            f"{field}: {', '.join(sorted(labels - set(self.words)))} not among words"
+            for field, labels in fields.items()
+            if labels - set(self.words)
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def label(self, word: str) -> str | None:
+        """Return the label that a word stands for: itself, or the one label that it is a synonym of; else None."""
+        word = canonical_word(word)
+        if word in self.words:
+            return word
+        holders = [label for label, texts in self.synonyms.items() if word in texts]
+        return holders[0] if len(holders) == 1 else None
+
+    def all_words(self) -> tuple[str, ...]:
+        """Return the labels, their synonyms and the labels that they map to, each once."""
+        texts = [text for label in self.words for text in self.synonyms.get(label, ())]
+        mapped = [label for mapping in self.maps.values() for label in mapping.values()]
+        return tuple(dict.fromkeys((*self.words, *texts, *mapped)))
+
+
+def _built_in() -> dict[str, Taxonomy]:
+    facts: dict[str, Any] = json.loads(files("tinyemo").joinpath("taxonomies.json").read_text(encoding="utf-8"))
+    words = {name: sorted(canonical_word(word) for word in facts[name]) for name in ("ekman", "mikels", "parrott")}
+    synonyms = {canonical_word(word): texts for word, texts in facts["parrott_synonyms"].items()}
+    # From each Parrott label to its label in every taxonomy, as published.
+    images: dict[str, dict[str, str | None]] = {"parrott": {word: word for word in words["parrott"]}}
+    for name in ("ekman", "mikels"):
+        images[name] = {canonical_word(word): image for word, image in facts[f"parrott_to_{name}"].items()}
+
+    def mapped(source: str, target: str) -> dict[str, str]:
+        """Map a label to the one target label that all Parrott labels under it share.
+
+        So joy has no Mikels label (amusement, contentment and excitement all lie under it) while awe becomes surprise.
+        """
+        shared = {
+            word: {images[target][label] for label, image in images[source].items() if image == word}
+            for word in words[source]
+        }
+        return {word: str(found.pop()) for word, found in shared.items() if len(found) == 1 and None not in found}
+
+    return {
+        name: Taxonomy(
+            name=name,
+            words=tuple(words[name]),
+            synonyms={word: tuple(synonyms[word]) for word in words[name] if word in synonyms},
+            maps={target: mapped(name, target) for target in words if target != name},
+        )
+        for name in words
+    }
+
+
+TAXONOMIES: dict[str, Taxonomy] = _built_in()
+"""The built-in taxonomies, words sorted."""
+
+
+def find_taxonomy(choice: Taxonomy | str | Path | dict[str, Any] | Iterable[str]) -> Taxonomy:
+    """Return a taxonomy by its name, from a TOML or JSON file, from the fields of one, or from a list of words.
 
     Raises:
-        DataError: no taxonomy has this word.
+        ConfigError: there is no such taxonomy or file, or something in it is wrong.
     """
-    label = canonical_word(word)
-    if label not in _LABEL_IDS:
-        raise DataError(f"unknown label {word!r}: it must be one of {', '.join(LABELS)}")
-    return label
+    if isinstance(choice, Taxonomy):
+        return choice
+    source = "taxonomy"
+    if isinstance(choice, str | Path):
+        if str(choice) in TAXONOMIES:
+            return TAXONOMIES[str(choice)]
+        source, choice = str(choice), _read_file(Path(choice))
+    try:
+        return Taxonomy.model_validate(choice if isinstance(choice, dict) else {"words": list(choice)})
+    except ValidationError as error:
+        found = [
+            " ".join(f"{'.'.join(map(str, item['loc']))} {item['msg'].removeprefix('Value error, ')}".split())
+            for item in error.errors()
+        ]
+        raise ConfigError(f"{source}: {'; '.join(found)}") from error
 
 
-def label_id(word: str) -> int:
-    """The one global id of a label, in [0, len(LABELS)); aliases are accepted.
-
-    Raises:
-        DataError: no taxonomy has this word.
-    """
-    return _LABEL_IDS[canonical_label(word)]
-
-
-def taxonomy_labels(name: str) -> tuple[str, ...]:
-    """The labels of a taxonomy, sorted.
-
-    Raises:
-        ConfigError: there is no taxonomy of that name.
-    """
-    if name not in TAXONOMIES:
-        raise ConfigError(f"unknown taxonomy {name!r}: it must be one of {', '.join(TAXONOMIES)}")
-    return TAXONOMIES[name]
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(
+            f"unknown taxonomy {str(path)!r}: it must be one of {', '.join(TAXONOMIES)}, or a .toml or .json file"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the taxonomy cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a taxonomy is a table with `words`, not a {type(content).__name__}")
+    return {"name": path.stem, **content}
 
 
-def map_label(word: str, source: str, target: str) -> str | None:
-    """The label of taxonomy `target` that stands for `word` of taxonomy `source`, None where there is no single one.
-
-    From Parrott as published. Between the others ours, derived: the target label that all Parrott words under `word`
-    share, so joy has no Mikels label (amusement, contentment and excitement all lie under it) while awe becomes
-    surprise.
-
-    Raises:
-        ConfigError: there is no taxonomy of that name.
-        DataError: `word` is not a label of `source`.
-    """
-    label = canonical_word(word)
-    if label not in taxonomy_labels(source):
-        raise DataError(f"{word!r} is not a label of {source}: it must be one of {', '.join(TAXONOMIES[source])}")
-    taxonomy_labels(target)
-    if source == target:
-        return label
-    under = [parrott for parrott, image in _FROM_PARROTT[source].items() if image == label]
-    images = {_FROM_PARROTT[target][parrott] for parrott in under}
-    return images.pop() if len(images) == 1 else None
+def describe_taxonomy(taxonomy: Taxonomy) -> str | dict[str, Any]:
+    """Return the name of a built-in taxonomy, or the fields of another one; `find_taxonomy` reads both."""
+    return taxonomy.name if TAXONOMIES.get(taxonomy.name) == taxonomy else taxonomy.model_dump(mode="json")
 
 
-def synonyms(word: str) -> tuple[str, ...]:
-    """The three published synonyms of a Parrott label; none for any other word."""
-    return _SYNONYMS.get(canonical_word(word), ())
+def _validated(choice: Any) -> Any:
+    try:
+        return None if choice is None else find_taxonomy(choice)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+TaxonomyChoice = Annotated[Taxonomy, BeforeValidator(_validated), PlainSerializer(describe_taxonomy)]
+"""Field of a pydantic model that takes what `find_taxonomy` takes."""
 
 
 def render(template: str, emotion: str) -> str:
-    """The text of a label.
+    """Return the text of a label.
 
     Args:
         template: a name in TEMPLATES, or a text that holds `{emotion}`.

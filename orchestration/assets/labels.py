@@ -7,21 +7,23 @@ import hashlib
 from orchestration.assets.catalogue import cache_folder, open_embedding_table
 from tinyemo.config import LabelConfig
 from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words
+from tinyemo.taxonomies import TAXONOMIES
 
 
 def label_embeddings(config: LabelConfig) -> LabelEmbeddings:
-    """The embeddings of every word we know, from the language model's own table or a seeded random one.
+    """Return the embeddings of all words that the labels may need, from the language model's table or a random one.
 
     Raises:
         AssetError: the real table is out of reach; the message lists what was tried.
     """
-    key = f"{config.llm}\n{config.llm_weights}\n{config.template}\n{config.seed}\n{known_words()}"
+    words = known_words(config.resolved(TAXONOMIES["ekman"]))
+    key = f"{config.llm}\n{config.llm_weights}\n{config.template}\n{config.seed}\n{words}"
     name = f"{config.llm}-{config.llm_weights}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     path = cache_folder() / "label_embeddings" / name
     if path.exists():
         return LabelEmbeddings.load(path)
     table = open_embedding_table(config.llm, config.llm_weights, config.seed)
-    labels = embed_labels(table, known_words(), config.template)
+    labels = embed_labels(table, words, config.template)
     path.parent.mkdir(parents=True, exist_ok=True)
     labels.save(path)
     return labels

@@ -161,9 +161,9 @@ def _words(labels: str | None, projector: MetricProjector | None, label: str | N
     if projector is not None:
         return choose_words(projector, labels if is_taxonomy else None, None if is_taxonomy else labels)
     if labels is not None:
-        return TAXONOMIES[labels] if is_taxonomy else tuple(canonical_word(word) for word in labels.split(","))
+        return TAXONOMIES[labels].words if is_taxonomy else tuple(canonical_word(word) for word in labels.split(","))
     assert label is not None
-    found = [words for words in TAXONOMIES.values() if canonical_word(label) in words]
+    found = [taxonomy.words for taxonomy in TAXONOMIES.values() if canonical_word(label) in taxonomy.words]
     if not found:
         raise ConfigError(f"--label {label!r} is in no taxonomy that we know: name the words with --labels")
     return min(found, key=len)

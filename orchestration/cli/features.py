@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import show_json, show_label_counts, show_rejected
+from orchestration.cli.ingest_output import progress, show_json, show_label_counts, show_rejected
 from orchestration.cli.options import ForceOption, JsonOption, RootOption, default_root
-from orchestration.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from orchestration.vision.features import FeaturesReport
@@ -76,7 +75,7 @@ def features(
     pool = parse_section(PoolConfig, wanted, source="the pool cannot be used")
     folder = root or default_root()
     # Ray reports lost workers on stdout, which is for results.
-    with show_progress() as advance, redirect_stdout(sys.stderr):
+    with progress() as advance, redirect_stdout(sys.stderr):
         report = make_features(
             dataset if dataset.startswith("s3://") else f"{folder}/{dataset}",
             choice,

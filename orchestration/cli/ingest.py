@@ -9,13 +9,13 @@ import typer
 from cluster.environment import load_platform_environment
 from orchestration.cli.ingest_output import (
     ingest_facts,
+    progress,
     show_json,
     show_label_counts,
     show_rejected,
     show_stored,
 )
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
-from orchestration.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from orchestration.datasets.ingest import IngestReport
@@ -56,7 +56,7 @@ def features_command(
     from orchestration.datasets.ingest import ingest_features
 
     load_platform_environment()
-    with show_progress() as advance:
+    with progress() as advance:
         report = ingest_features(
             source,
             name=name,

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import ingest_facts, show_json, show_rejected, show_stored
+from orchestration.cli.ingest_output import ingest_facts, progress, show_json, show_rejected, show_stored
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
-from orchestration.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from orchestration.instruct.ingest import InstructReport
@@ -51,7 +50,7 @@ def instruct_command(
 
     load_platform_environment()
     # Ray reports lost workers on stdout, which is for results.
-    with show_progress() as advance, redirect_stdout(sys.stderr):
+    with progress() as advance, redirect_stdout(sys.stderr):
         report = ingest_instruct(
             records,
             images,
@@ -74,7 +73,7 @@ def show_report(report: InstructReport, *, as_json: bool) -> None:
             "rows_duplicate": report.rows_duplicate,
             "tasks": manifest.tasks,
             "shards": len(manifest.shards),
-            "card": manifest.file_uri(manifest.card.path),
+            "card": manifest.file_uri("card.md"),
             "mlflow_run": report.run_url,
         }
         show_json(manifest, ingest_facts(report) | document)
@@ -89,5 +88,5 @@ def show_report(report: InstructReport, *, as_json: bool) -> None:
         f"+ duplicates {report.rows_duplicate}"
     )
     show_rejected(manifest)
-    typer.echo(f"card: {report.run_url or manifest.file_uri(manifest.card.path)}")
+    typer.echo(f"card: {report.run_url or manifest.file_uri('card.md')}")
     show_stored(report)

@@ -10,8 +10,8 @@ import typer
 
 from cluster.environment import load_platform_environment
 from orchestration.cli.ingest_instruct import show_report
+from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
-from orchestration.cli.progress import show_progress
 
 
 def oasis_command(
@@ -50,7 +50,7 @@ def oasis_command(
     }
     rules = parse_section(OasisRules, chosen, source="the rules of OASIS cannot be used")
     # Ray reports lost workers on stdout, which is for results.
-    with show_progress() as advance, redirect_stdout(sys.stderr):
+    with progress() as advance, redirect_stdout(sys.stderr):
         report = ingest_oasis(name=name, root=root or default_root(), rules=rules, is_forced=is_forced, advance=advance)
     if not as_json:
         typer.echo("answers are TEMPLATES filled from the norms; emotions are a rule over mean valence and arousal")

@@ -211,19 +211,21 @@ def choose_words(model: MetricProjector, taxonomy: str | None, words: str | None
     Raises:
         ConfigError: both options are given, or neither and the projector does not say what it was trained on.
     """
-    from tinyemo.taxonomies import canonical_word, taxonomy_labels
+    from tinyemo.taxonomies import canonical_word, find_taxonomy
 
     if taxonomy and words:
         raise ConfigError("--taxonomy and --words exclude each other: give one of them")
+    if words is None and taxonomy is None and isinstance(model.card.get("labels"), str):
+        words = str(model.card["labels"])
     if words is not None:
         chosen = tuple(dict.fromkeys(canonical_word(word) for word in words.split(",") if word.strip()))
         if not chosen:
             raise ConfigError(f"--words must name at least one word, got {words!r}")
     else:
-        name = taxonomy or model.card.get("taxonomy")
-        if not isinstance(name, str):
+        choice = taxonomy or model.card.get("taxonomy")
+        if not isinstance(choice, str):
             raise ConfigError("the projector's card names no taxonomy: choose the labels with --taxonomy or --words")
-        chosen = taxonomy_labels(name)
+        chosen = find_taxonomy(choice).words
     assert model.labels is not None
     missing = model.labels.missing(chosen)
     if missing:

@@ -24,13 +24,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestration.assets.inputs import Input, generated_input, open_parquet_input
-from orchestration.datasets.manifest import VERSION_LENGTH, FeatureManifest, id_hash
+from orchestration.data.manifest import (
+    VERSION_LENGTH,
+    Advance,
+    Manifest,
+    check_destination,
+    existing_version,
+    held_out_rank,
+    id_hash,
+    point_latest_at,
+    publish,
+)
 from orchestration.datasets.shards import Plan, Version, store_version
-from orchestration.datasets.validation import Kept, Rejection, RowValidator, held_out_rank
-from orchestration.datasets.versions import Advance, check_destination, existing_version, point_latest_at, publish
+from orchestration.datasets.validation import Kept, Rejection, RowValidator
 from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError
-from tinyemo.taxonomies import TAXONOMIES, taxonomy_labels
+from tinyemo.taxonomies import Taxonomy, describe_taxonomy, find_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +50,7 @@ ROWS_PER_SHARD = 512
 class IngestReport:
     """What an ingest did."""
 
-    manifest: FeatureManifest
+    manifest: Manifest
     is_unchanged: bool
     """The same rows were there already: nothing was uploaded."""
     num_uploaded: int
@@ -90,15 +99,16 @@ def ingest_features(
         StorageError: where S3 fails; the former version stays the latest.
     """
     started = time.monotonic()
+    chosen = find_taxonomy(taxonomy)
     if rows_per_shard < 1:
         raise ConfigError(f"rows_per_shard is {rows_per_shard}: it must be at least 1")
     check_destination(name, root)
     advance = advance or (lambda stage, done, total: None)
-    rows = _open_input(source, taxonomy, split=split, is_generated=is_generated, seed=seed, feature_width=feature_width)
+    rows = _open_input(source, chosen, split=split, is_generated=is_generated, seed=seed, feature_width=feature_width)
     with tempfile.TemporaryFile(prefix="tinyemo-ingest-") as staged:
-        plan = _plan_rows(rows, taxonomy, rows_per_shard, staged, advance)
+        plan = _plan_rows(rows, chosen, rows_per_shard, staged, advance)
         uri = f"{root.rstrip('/')}/{name}/{plan.digest[:VERSION_LENGTH]}"
-        existing = None if is_forced else existing_version(uri, plan.digest, FeatureManifest)
+        existing = None if is_forced else existing_version(uri, plan.digest)
         if existing is not None:
             if existing.encoder != rows.encoder:  # the same rows, and now we know who made them, or no longer do
                 existing = existing.model_copy(update={"encoder": rows.encoder})
@@ -106,7 +116,7 @@ def ingest_features(
             point_latest_at(existing)
             return IngestReport(existing, True, 0, 0, time.monotonic() - started)
         storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
-        version = Version(uri=uri, name=name, taxonomy=taxonomy, rows_per_shard=rows_per_shard)
+        version = Version(uri=uri, name=name, taxonomy=chosen, rows_per_shard=rows_per_shard)
         manifest = store_version(version, rows, plan, staged, advance)
     publish(manifest)
     files = list(manifest.files())
@@ -115,19 +125,17 @@ def ingest_features(
 
 def _open_input(
     source: Path | str | None,
-    taxonomy: str,
+    taxonomy: Taxonomy,
     *,
     split: str | None,
     is_generated: bool,
     seed: int,
     feature_width: int | None,
 ) -> Input:
-    if taxonomy not in TAXONOMIES:
-        raise ConfigError(f"taxonomy is {taxonomy!r}: it must be one of {', '.join(TAXONOMIES)}")
     if is_generated == (source is not None):
         raise ConfigError("name either a source or --generated, not both")
     if source is None:
-        return generated_input(taxonomy_labels(taxonomy), feature_width=feature_width or 768, seed=seed)
+        return generated_input(taxonomy.words, feature_width=feature_width or 768, seed=seed)
     return _open_source(str(source), split=split, feature_width=feature_width)
 
 
@@ -146,7 +154,7 @@ def _open_source(source: str, *, split: str | None, feature_width: int | None) -
     return replace(rows, encoder=find_asset(source).encoder)
 
 
-def _plan_rows(rows: Input, taxonomy: str, rows_per_shard: int, staged: IO[bytes], advance: Advance) -> Plan:
+def _plan_rows(rows: Input, taxonomy: Taxonomy, rows_per_shard: int, staged: IO[bytes], advance: Advance) -> Plan:
     """Validate every row; features of the good ones go to `staged` in the order in which they come."""
     validator = RowValidator(feature_width=rows.feature_width, feature_dtype=rows.feature_dtype, taxonomy=taxonomy)
     for batch in rows.batches():
@@ -192,9 +200,9 @@ def _in_storage_order(kept: Kept) -> pa.Table:
     return table.sort_by(order).drop_columns(["rank"]).combine_chunks()
 
 
-def _digest(rows: Input, taxonomy: str, rows_per_shard: int, table: pa.Table, rejections: list[Rejection]) -> str:
+def _digest(rows: Input, taxonomy: Taxonomy, rows_per_shard: int, table: pa.Table, rejections: list[Rejection]) -> str:
     """sha256 over everything that a reader of the version can see, and over nothing else."""
-    header = [1, rows.data, rows.feature_width, rows.feature_dtype, taxonomy, rows_per_shard]
+    header = [1, rows.data, rows.feature_width, rows.feature_dtype, describe_taxonomy(taxonomy), rows_per_shard]
     digest = hashlib.sha256(json.dumps(header).encode())
     for batch in table.select(["split", "id", "label", "vector_hash"]).to_batches(max_chunksize=4096):
         for split, sample_id, label, vector in zip(*(column.to_pylist() for column in batch), strict=True):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO
@@ -12,13 +10,22 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from orchestration.assets.inputs import Input
-from orchestration.datasets.manifest import INDEX_SCHEMA, VERSION_LENGTH, FeatureManifest, Rejected, Shard, SplitCounts
+from orchestration.data.manifest import (
+    REJECTED_SCHEMA,
+    VERSION_LENGTH,
+    Advance,
+    Manifest,
+    Shard,
+    count_splits,
+    parquet_bytes,
+    put_file,
+    put_index,
+    put_rejected,
+)
 from orchestration.datasets.validation import Rejection
-from orchestration.datasets.versions import Advance, open_uploads
-from tinyemo.taxonomies import label_id
+from tinyemo.taxonomies import Taxonomy
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Version:
 
     uri: str
     name: str
-    taxonomy: str
+    taxonomy: Taxonomy
     rows_per_shard: int
 
 
@@ -43,23 +50,21 @@ class Plan:
     digest: str
 
 
-def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> FeatureManifest:
+def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], advance: Advance) -> Manifest:
     """Store shards, index and rejected rows; the manifest that may be written when this returns."""
-    reasons = Counter(str(rejection.reason) for rejection in plan.rejections)
     shards: list[Shard] = []
     num_shards = sum(-(-(end - first) // version.rows_per_shard) for first, end in plan.offsets.values())
-    with open_uploads(version.uri) as uploads:
-        for split, (first, end) in plan.offsets.items():
-            for number, start in enumerate(range(first, end, version.rows_per_shard)):
-                part = plan.table.slice(start, min(version.rows_per_shard, end - start))
-                features = _staged_rows(staged, part["position"].to_numpy(), rows)
-                stored = uploads.put(f"{split}-{number:05d}.parquet", _shard_bytes(part, features))
-                shards.append(Shard(**stored.model_dump(), split=split, rows=part.num_rows))
-                advance("upload", len(shards), num_shards)
-        index = uploads.put("index.parquet", parquet_bytes(_index_table(plan, version.rows_per_shard)))
-        rejected = uploads.put("rejected.parquet", parquet_bytes(rejected_table(plan.rejections)))
-    labels = plan.table["label"]
-    return FeatureManifest(
+    for split, (first, end) in plan.offsets.items():
+        for number, start in enumerate(range(first, end, version.rows_per_shard)):
+            part = plan.table.slice(start, min(version.rows_per_shard, end - start))
+            features = _staged_rows(staged, part["position"].to_numpy(), rows)
+            stored = put_file(version.uri, f"{split}-{number:05d}.parquet", _shard_bytes(part, features))
+            shards.append(Shard(**stored.model_dump(), split=split, rows=part.num_rows))
+            advance("upload", len(shards), num_shards)
+    index = put_index(version.uri, plan.table, [shard.rows for shard in shards])
+    rejected = put_rejected(version.uri, rejected_table(plan.rejections))
+    return Manifest(
+        kind="features",
         name=version.name,
         version=plan.digest[:VERSION_LENGTH],
         digest=plan.digest,
@@ -70,23 +75,14 @@ def store_version(version: Version, rows: Input, plan: Plan, staged: IO[bytes], 
         feature_dtype=rows.feature_dtype,
         encoder=rows.encoder,
         taxonomy=version.taxonomy,
-        rows_per_shard=version.rows_per_shard,
+        rows_per_group=version.rows_per_shard,
         rows_in=plan.table.num_rows + len(plan.rejections),
-        splits={
-            split: SplitCounts(
-                rows=end - first, labels=dict(sorted(Counter(labels.slice(first, end - first).to_pylist()).items()))
-            )
-            for split, (first, end) in plan.offsets.items()
-        },
+        splits=count_splits(plan.table),
         shards=shards,
         index=index,
-        rejected=Rejected(**rejected.model_dump(), rows=len(plan.rejections), reasons=dict(sorted(reasons.items()))),
+        rejected=rejected,
         uri=version.uri,
     )
-
-
-def _label_ids(labels: pa.ChunkedArray) -> pa.Array:
-    return pa.array([label_id(label) for label in labels.to_pylist()], pa.int32())
 
 
 def _staged_rows(staged: IO[bytes], positions: npt.NDArray[np.int64], rows: Input) -> npt.NDArray[np.floating]:
@@ -106,51 +102,23 @@ def _shard_bytes(part: pa.Table, features: npt.NDArray[np.floating]) -> bytes:
         {
             "id": part["id"],
             "label": part["label"],
-            "label_id": _label_ids(part["label"]),
             "features": pa.FixedSizeListArray.from_arrays(values, features.shape[1]),
         }
     )
     return parquet_bytes(table)
 
 
-def _index_table(plan: Plan, rows_per_shard: int) -> pa.Table:
-    """One line per kept row, in storage order."""
-    shard, row, first_shard = [], [], 0
-    for first, end in plan.offsets.values():
-        numbers = np.arange(end - first)
-        shard.append(first_shard + numbers // rows_per_shard)
-        row.append(numbers % rows_per_shard)
-        first_shard += -(-(end - first) // rows_per_shard)
-    columns = [
-        plan.table["split"],
-        _label_ids(plan.table["label"]),
-        plan.table["id_hash"],
-        pa.array(np.concatenate(shard), pa.int32()),
-        pa.array(np.concatenate(row), pa.int32()),
-    ]
-    return pa.table(columns, schema=INDEX_SCHEMA)
-
-
 def rejected_table(rejections: list[Rejection]) -> pa.Table:
-    """One line per row that is not kept."""
-    fields = [("split", pa.string()), ("id", pa.string()), ("label", pa.string())]
-    fields += [("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
-    return pa.table(
-        {name: pa.array([getattr(rejection, name) for rejection in rejections], kind) for name, kind in fields}
-    )
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A Parquet file of one row group; features stay uncompressed, floats do not shrink."""
-    words = [name for name in table.column_names if name != "features"]
-    compression = {name: "zstd" for name in words} | {"features.list.element": "none"}
-    buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        row_group_size=max(1, table.num_rows),
-        use_dictionary=[name for name in words if name in ("label", "split", "reason")],
-        compression=compression,
-        write_statistics=words,
-    )
-    return buffer.getvalue()
+    """Return REJECTED_SCHEMA, one line for each row that is not kept."""
+    rows = [
+        {
+            "number": rejection.row + 1,
+            "split": rejection.split,
+            "id": rejection.id,
+            "label": rejection.label,
+            "reason": str(rejection.reason),
+            "detail": rejection.detail,
+        }
+        for rejection in rejections
+    ]
+    return pa.Table.from_pylist(rows, REJECTED_SCHEMA)

@@ -27,13 +27,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestration.assets.inputs import FeatureDtype, RowBatch
-from tinyemo.errors import DataError
-from tinyemo.taxonomies import canonical_label, taxonomy_labels
+from orchestration.data.manifest import held_out_rank
+from tinyemo.taxonomies import Taxonomy
 
 VECTOR_HASH_BYTES = 16
 """Vectors are compared and digested by their blake2b of this length."""
-
-_HELD_OUT_ORDER = {"test": 0, "val": 1, "validation": 1, "dev": 1, "train": 3}
 
 
 class Reason(StrEnum):
@@ -76,11 +74,6 @@ class Kept:
     """(K,) which of the features that `check` returned, counted over all batches, is the row's."""
 
 
-def held_out_rank(split: str) -> tuple[int, str]:
-    """Sort key of splits: the one that keeps a row that several have comes first."""
-    return _HELD_OUT_ORDER.get(split, 2), split
-
-
 def hash_vectors(features: npt.NDArray[np.floating]) -> pa.Array:
     """(N,) binary: blake2b of each row of (N, D), with -0 taken for 0."""
     positive = np.ascontiguousarray(features + features.dtype.type(0))
@@ -94,11 +87,10 @@ class RowValidator:
     Features are never held: ids, labels and hashes are, about 250 bytes a row (measured with 10,000 to 80,000 rows).
     """
 
-    def __init__(self, *, feature_width: int, feature_dtype: FeatureDtype, taxonomy: str) -> None:
+    def __init__(self, *, feature_width: int, feature_dtype: FeatureDtype, taxonomy: Taxonomy) -> None:
         self.feature_width = feature_width
         self.dtype = np.dtype(feature_dtype)
         self.taxonomy = taxonomy
-        self._allowed = frozenset(taxonomy_labels(taxonomy))
         self._canonical: dict[str, str | None] = {}
         self._passed: list[pa.RecordBatch] = []
         self.num_rows = 0
@@ -160,19 +152,12 @@ class RowValidator:
         """(N,) canonical labels, null where the label is unknown."""
         words = column.to_pylist()
         for word in set(words) - self._canonical.keys() - {None}:
-            self._canonical[word] = self._canonical_or_none(word)
+            self._canonical[word] = self.taxonomy.label(word)
         canonical = [self._canonical[word] if word is not None else None for word in words]
         for row, (word, label) in enumerate(zip(words, canonical, strict=True)):
             if label is None:
-                _note(reasons, [row], Reason.UNKNOWN_LABEL, f"{word!r} is not a label of {self.taxonomy}")
+                _note(reasons, [row], Reason.UNKNOWN_LABEL, f"{word!r} is not a label of {self.taxonomy.name}")
         return pa.array(canonical, pa.string())
-
-    def _canonical_or_none(self, word: str) -> str | None:
-        try:
-            label = canonical_label(word.strip())
-        except DataError:
-            return None
-        return label if label in self._allowed else None
 
     def finish(self) -> Kept:
         """The rows that also pass the checks over the whole data set; the others join `rejections`."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
-from orchestration.datasets.manifest import InstructManifest, SplitCounts
+from orchestration.data.manifest import Manifest, SplitCounts
 from orchestration.instruct.rules import Reason
 from orchestration.services import storage
 from tinyemo.errors import PlatformError
@@ -180,7 +180,7 @@ def has_mlflow() -> bool:
     return bool(os.environ.get("MLFLOW_TRACKING_URI"))
 
 
-def show_in_mlflow(manifest: InstructManifest) -> str | None:
+def show_in_mlflow(manifest: Manifest) -> str | None:
     """Put the card of a version in S3 into an MLflow run of kind ingest; its page, None where no server is named.
 
     The data set is stored by now, so MLflow's failure is a warning.
@@ -194,7 +194,7 @@ def show_in_mlflow(manifest: InstructManifest) -> str | None:
         return None
 
 
-def _log_card(manifest: InstructManifest) -> str:
+def _log_card(manifest: Manifest) -> str:
     from orchestration.services.tracking import open_run
 
     duplicates = sum(rows for reason, rows in manifest.rejected.reasons.items() if Reason(reason).is_duplicate)

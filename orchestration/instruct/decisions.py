@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from orchestration.datasets.validation import held_out_rank
+from orchestration.data.manifest import held_out_rank
 from orchestration.instruct.near_duplicates import nearest_within
 from orchestration.instruct.rules import IngestRules, Layout, Reason
 

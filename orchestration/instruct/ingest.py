@@ -26,22 +26,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestration.assets.inputs import sha256_of_file
-from orchestration.datasets.manifest import (
-    INDEX_SCHEMA,
+from orchestration.data.manifest import (
+    REJECTED_SCHEMA,
     VERSION_LENGTH,
+    Advance,
     FileRef,
-    InstructManifest,
+    Manifest,
     Rejected,
     Shard,
-    id_hash,
-)
-from orchestration.datasets.versions import (
-    Advance,
     check_destination,
     existing_version,
-    open_uploads,
     point_latest_at,
     publish,
+    put_file,
+    put_index,
 )
 from orchestration.instruct.data_card import (
     CARD,
@@ -61,29 +59,17 @@ from orchestration.instruct.tasks import ShardWork, Source, check_chunks, places
 from orchestration.services import storage
 from orchestration.services.interruption import sigterm_interrupts
 from tinyemo.errors import ConfigError, DataError, StorageError
-from tinyemo.taxonomies import label_id
 
 logger = logging.getLogger(__name__)
 
 Data = Literal["real", "generated"]
-
-REJECTED_SCHEMA = pa.schema(
-    [
-        ("number", pa.int64()),  # line of a JSON Lines file, or element of an array, from 1
-        ("id", pa.string()),
-        ("split", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("record", pa.string()),  # as it came; bytes that are not UTF-8 as \xff
-    ]
-)
 
 
 @dataclass(frozen=True)
 class InstructReport:
     """What an ingest did."""
 
-    manifest: InstructManifest
+    manifest: Manifest
     is_unchanged: bool
     """The same records were there already: nothing was uploaded."""
     num_uploaded: int
@@ -238,9 +224,7 @@ def _check(source: Source, advance: Advance) -> pa.Table:
     return facts
 
 
-def _store(
-    job: _Job, source: Source, decided: pa.Table, is_forced: bool, advance: Advance
-) -> tuple[InstructManifest, bool]:
+def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advance: Advance) -> tuple[Manifest, bool]:
     """The manifest of the version, which lacks nothing but itself, and whether it was there already."""
     plans = plan_shards(decided, job.layout)
     header = [1, "instruct", job.data, job.layout.model_dump(mode="json"), job.all_rules]
@@ -248,7 +232,7 @@ def _store(
     version = digest[:VERSION_LENGTH]
     _require_enough(job, source.staged, decided, f"failed-{version}")
     uri = job.uri(version)
-    existing = None if is_forced else existing_version(uri, digest, InstructManifest)
+    existing = None if is_forced else existing_version(uri, digest)
     if existing is not None:
         return existing, True
     storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
@@ -260,11 +244,11 @@ def _store(
     kept = decided.take(pa.array(np.concatenate([plan.rows for plan in plans])))
     splits, tasks = count_splits(kept, list(dict.fromkeys(plan.split for plan in plans)))
     card = write_card(job.name, job.data, job.description, job.all_rules, splits, tasks, rejected.reasons, kept)
-    with open_uploads(uri) as uploads:
-        index = uploads.put("index.parquet", _parquet_bytes(_index(kept, plans)))
-        card_file = uploads.put(CARD, card.encode())
-        uploads.put(CONTACT_SHEET, contact_sheet(pictures))
-    return InstructManifest(
+    index = put_index(uri, kept, [len(plan.rows) for plan in plans])
+    card_file = put_file(uri, CARD, card.encode())
+    put_file(uri, CONTACT_SHEET, contact_sheet(pictures))
+    return Manifest(
+        kind="instruct",
         name=job.name,
         version=version,
         digest=digest,
@@ -358,7 +342,7 @@ def _sha256_rows(decided: pa.Table, plan: ShardPlan) -> np.ndarray[Any, np.dtype
 def _write_rejected(staged: Staged, decided: pa.Table, uri: str) -> Rejected:
     """Store every record that is not kept, with its reason; one chunk is in memory at a time."""
     positions = np.flatnonzero(decided["reason"].is_valid().to_numpy())
-    columns = [name for name in REJECTED_SCHEMA.names if name != "record"]
+    columns = [name for name in REJECTED_SCHEMA.names if name not in ("record", "file")]
     with tempfile.TemporaryDirectory(prefix="tinyemo-rejected-") as folder:
         path = Path(folder) / "rejected.parquet"
         with pq.ParquetWriter(path, REJECTED_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
@@ -366,26 +350,9 @@ def _write_rejected(staged: Staged, decided: pa.Table, uri: str) -> Rejected:
                 raws = read_chunk(staged.uri, chunk)
                 texts = [raws[place].text.decode(errors="backslashreplace") for place in places.tolist()]
                 table = decided.select(columns).take(pa.array(places + staged.starts[chunk]))
-                writer.write_table(table.append_column("record", pa.array(texts)).cast(REJECTED_SCHEMA))
+                table = table.append_column("record", pa.array(texts))
+                table = table.append_column("file", pa.nulls(len(texts), pa.string()))
+                writer.write_table(table.select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA))
         storage.upload_file(path, f"{uri}/{path.name}")
         file = FileRef(path=path.name, num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
     return Rejected(**file.model_dump(), rows=len(positions), reasons=_count_reasons(decided))
-
-
-def _index(kept: pa.Table, plans: list[ShardPlan]) -> pa.Table:
-    """INDEX_SCHEMA: one line per kept record, in the order in which they are stored."""
-    labels = [-1 if label is None else label_id(label) for label in kept["label"].to_pylist()]
-    columns = [
-        kept["split"],
-        pa.array(labels, pa.int32()),
-        pa.array([id_hash(sample_id) for sample_id in kept["id"].to_pylist()], pa.uint64()),
-        pa.array(np.repeat(np.arange(len(plans)), [len(plan.rows) for plan in plans]), pa.int32()),
-        pa.array(np.concatenate([np.arange(len(plan.rows)) for plan in plans]), pa.int32()),
-    ]
-    return pa.table(columns, schema=INDEX_SCHEMA)
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())

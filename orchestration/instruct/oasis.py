@@ -33,9 +33,10 @@ from orchestration.assets.catalogue import get_asset, read_provenance
 from orchestration.assets.vision import OASIS_COLUMNS, OASIS_IMAGES, OASIS_NORMS
 from tinyemo.config import Section
 from tinyemo.errors import DataError
+from tinyemo.taxonomies import TAXONOMIES
 
 if TYPE_CHECKING:
-    from orchestration.datasets.versions import Advance
+    from orchestration.data.manifest import Advance
     from orchestration.instruct.ingest import InstructReport
 
 SOURCE = "oasis-template"
@@ -367,7 +368,7 @@ def ingest_oasis(
             folder / OASIS_IMAGES,
             name=name,
             root=root,
-            rules=IngestRules(taxonomy=TAXONOMY),
+            rules=IngestRules(taxonomy=TAXONOMIES[TAXONOMY]),
             source=source,
             extra_rules=describe_rules(rules),
             is_forced=is_forced,

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import ijson
 import pyarrow as pa
 
-from orchestration.datasets.versions import open_uploads
 from orchestration.services import storage
 from tinyemo.errors import DataError, StorageError
 
@@ -176,11 +175,11 @@ def stage_records(
         StorageError: S3 fails.
     """
     starts = [0]
-    with _open(records) as (tap, size), open_uploads(uri) as uploads:
+    with _open(records) as (tap, size):
         chunk: list[RawRecord] = []
 
         def put() -> None:
-            uploads.put(_chunk_name(len(starts) - 1), _to_ipc(chunk))
+            storage.write_bytes(f"{uri}/{_chunk_name(len(starts) - 1)}", _to_ipc(chunk))
             starts.append(starts[-1] + len(chunk))
             chunk.clear()
             advance("read", tap.num_bytes, max(size, tap.num_bytes))

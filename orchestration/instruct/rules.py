@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
 from tinyemo.errors import DataError
+from tinyemo.taxonomies import TAXONOMIES, TaxonomyChoice
 
 Task = Literal["caption", "vqa", "sqa", "reasoning"]
 TASKS: tuple[Task, ...] = ("caption", "vqa", "sqa", "reasoning")
@@ -111,8 +112,8 @@ class RejectedRecordError(DataError):
 class IngestRules(Section):
     """Which records are kept, how images are changed, and how records are split; part of the data set's manifest."""
 
-    taxonomy: Literal["ekman", "mikels", "parrott"] = "ekman"
-    """The labels that are allowed."""
+    taxonomy: TaxonomyChoice = TAXONOMIES["ekman"]
+    """Labels that are allowed: ekman, mikels, parrott, or a TOML or JSON file with words, synonyms and maps."""
     tasks: tuple[Task, ...] = TASKS
     """The tasks that are allowed."""
     held_out: dict[str, float] = Field({"validation": 0.05, "test": 0.05})

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.datasets.manifest import RECORD_SCHEMA
+from orchestration.data.manifest import RECORD_SCHEMA
 from orchestration.instruct.data_card import thumbnail
 from orchestration.instruct.decisions import FACT_SCHEMA
 from orchestration.instruct.images import inspect_image, path_under_root, read_ahead, require_root, stored_image

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from orchestration.instruct.rules import SPLIT_NAME, TASKS, IngestRules, Reason, RejectedRecordError
-from tinyemo.taxonomies import canonical_word, synonyms, taxonomy_labels
+from tinyemo.taxonomies import Taxonomy, canonical_word
 
 IMAGE_TOKEN = "<image>"
 MAX_ID_CHARS = 512
@@ -174,21 +173,10 @@ def _questions(turns: Turns) -> list[str]:
     return [text for role, text in turns if role == "human"]
 
 
-@cache
-def _known_labels(taxonomy: str) -> dict[str, str]:
-    """Word -> label: the taxonomy's labels, and their synonyms that belong to one label alone and are none."""
-    labels = taxonomy_labels(taxonomy)
-    holders: dict[str, list[str]] = {}
-    for label in labels:
-        for word in synonyms(label):
-            holders.setdefault(canonical_word(word), []).append(label)
-    return {word: found[0] for word, found in holders.items() if len(found) == 1} | {label: label for label in labels}
-
-
 def _known(word: str, what: str, rules: IngestRules) -> str:
     word = word.strip(_QUOTES)
-    label = _known_labels(rules.taxonomy).get(canonical_word(word))
-    return label or reject(Reason.LABEL_UNKNOWN, f"{what} {quoted(word)} is no label of {rules.taxonomy}")
+    label = rules.taxonomy.label(word)
+    return label or reject(Reason.LABEL_UNKNOWN, f"{what} {quoted(word)} is no label of {rules.taxonomy.name}")
 
 
 def _offered(turns: Turns, rules: IngestRules) -> list[str]:
@@ -271,6 +259,7 @@ def _check_leak(task: str, turns: Turns, label: str | None, stated: str | None, 
         told |= _labels_in(answer, rules.taxonomy)
 
 
-def _labels_in(text: str, taxonomy: str) -> set[str]:
-    """The taxonomy's labels that stand in a text as words, aliases considered, synonyms not."""
-    return {canonical_word(word) for word in re.findall(r"[A-Za-z]+", text)} & set(taxonomy_labels(taxonomy))
+def _labels_in(text: str, taxonomy: Taxonomy) -> set[str]:
+    """Return the taxonomy's labels that stand in a text as words, aliases considered, synonyms not."""
+    words = {canonical_word(word) for word in re.findall(r"[^\W\d_]+", text)}
+    return {label for label in taxonomy.words if label in words or (" " in label and label in text.lower())}

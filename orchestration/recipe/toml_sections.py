@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
+from tinyemo.taxonomies import Taxonomy, describe_taxonomy
 
 S = TypeVar("S", bound=Section)
 Tables = dict[str, Any]
@@ -162,6 +163,8 @@ def toml_lines(section: Section, *, path: str = "", only: Collection[str] | None
         value = getattr(section, name)
         if only is not None and name not in only:
             continue
+        if isinstance(value, Taxonomy):
+            value = describe_taxonomy(value)
         if isinstance(value, Section):
             tables += ["", f"[{path}{name}]", *toml_lines(value, path=f"{path}{name}.")]
         elif isinstance(value, dict) and value:

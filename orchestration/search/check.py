@@ -22,11 +22,13 @@ def check_search(preparation: Preparation) -> None:
         problems += _value_problems(recipe, knob, distribution)
     batch = knobs.get("train.global_batch_size")
     largest = max(batch.examples()) if batch else recipe.train.global_batch_size
-    num_train = len(preparation.splits["train"])
+    num_train = len(preparation.selection.whole)
     if largest > num_train * (1 - recipe.data.validation_fraction):
         problems.append(
             f"search.space.train.global_batch_size: {largest} is more than the {num_train} train rows less validation"
         )
+    if recipe.data.validation_split:
+        problems.append("data.validation_split: a search carves its folds out of train; leave it out")
     if not recipe.data.validation_fraction:
         problems.append("data.validation_fraction: a search needs validation rows to choose by; got 0")
     last_fold = recipe.data.validation_fold + config.num_folds
@@ -35,10 +37,10 @@ def check_search(preparation: Preparation) -> None:
             f"search.num_folds: {config.num_folds} folds of data.validation_fraction {recipe.data.validation_fraction} "
             "are more than the data"
         )
-    if config.objective == "seen_and_zero_shot" and len(preparation.left_out_words) < 2:
+    if config.objective == "seen_and_zero_shot" and len(preparation.selection.left_out_words) < 2:
         problems.append(
             "search.objective: seen_and_zero_shot tells labels apart that were left out of training; "
-            f"data.leave_out needs at least 2, got {list(preparation.left_out_words)}"
+            f"data.leave_out needs at least 2, got {list(preparation.selection.left_out_words)}"
         )
     if problems:
         raise ConfigError(f"{recipe.name}: {len(problems)} error(s)\n" + "\n".join(f"  {p}" for p in problems))

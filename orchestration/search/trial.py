@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestration.datasets.manifest import FeatureManifest
-from orchestration.datasets.split import SplitRows, carve_validation
+from orchestration.data.dataset import SplitRows, carve_validation
+from orchestration.data.manifest import Manifest
 from orchestration.recipe import Recipe
 from orchestration.search.records import SEEN, ZERO_SHOT
 from orchestration.services.engine import build_optimizer, build_schedule
@@ -87,7 +87,7 @@ class SearchData:
         return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
 
 
-def shared_rows(manifest: FeatureManifest, rows: SplitRows) -> SharedRows:
+def shared_rows(manifest: Manifest, rows: SplitRows) -> SharedRows:
     """Read rows from S3."""
     return SharedRows(features_array(read_rows(manifest, rows)), rows.label, rows.id_hash)
 
@@ -96,11 +96,12 @@ def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) ->
     """Read the train rows from S3, once for the whole search."""
     first = labels[0]
     names = {name: getattr(first, name) for name in ("words", "llm", "llm_revision", "llm_weights")}
-    left_out = preparation.left_out
+    selection = preparation.selection
+    left_out = selection.left_out
     return SearchData(
         words=preparation.words,
-        train=shared_rows(preparation.manifest, preparation.splits["train"]),
-        left_out_words=preparation.left_out_words,
+        train=shared_rows(preparation.manifest, selection.whole),
+        left_out_words=selection.left_out_words,
         left_out=None if left_out is None else shared_rows(preparation.manifest, left_out),
         label_vectors={item.template: item.vectors.numpy() for item in labels},
         label_names=names,

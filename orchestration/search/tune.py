@@ -24,6 +24,7 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
         TinyEmoError: see `prepare`, `train`, and what the servers say.
     """
     preparation = prepare(recipe)
+    recipe = preparation.recipe
     check_search(preparation)
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
     claim = read_claim(folder, recipe, preparation.data_digests())

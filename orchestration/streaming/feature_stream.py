@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.datasets.manifest import FeatureManifest, Shard, read_file
-from orchestration.datasets.split import SplitRows
+from orchestration.data.dataset import SplitRows
+from orchestration.data.manifest import Manifest, Shard, read_file
 from orchestration.streaming.ordered_stream import Row, from_ipc, ordered_dataset, ordered_rows, to_ipc
 from orchestration.streaming.sampling import TrainPlan, rank_slice
 from orchestration.streaming.table_cache import remember
@@ -43,7 +43,7 @@ class StreamItem:
 class StreamPlan:
     """Everything a task needs to read any item; travels to the tasks, so it holds indices and no features."""
 
-    manifest: FeatureManifest
+    manifest: Manifest
     train: TrainPlan
     splits: dict[Split, SplitRows]
     world_size: int
@@ -114,12 +114,12 @@ class Batch:
     labels: NDArray[np.int64]
 
 
-def _shard_key(manifest: FeatureManifest, shard: Shard) -> tuple[str, str]:
+def _shard_key(manifest: Manifest, shard: Shard) -> tuple[str, str]:
     return manifest.file_uri(shard.path), shard.sha256
 
 
 @remember(MAX_SHARD_BYTES, key=_shard_key, num_bytes=lambda table: int(table.nbytes))
-def _read_shard(manifest: FeatureManifest, shard: Shard) -> pa.Table:
+def _read_shard(manifest: Manifest, shard: Shard) -> pa.Table:
     """Columns id and features of one shard, checked against the manifest."""
     data = read_file(manifest, shard)
     try:
@@ -130,7 +130,7 @@ def _read_shard(manifest: FeatureManifest, shard: Shard) -> pa.Table:
     return table.combine_chunks()
 
 
-def read_rows(manifest: FeatureManifest, rows: SplitRows) -> pa.Table:
+def read_rows(manifest: Manifest, rows: SplitRows) -> pa.Table:
     """Columns id and features of `rows`, in their order."""
     tables, places = [], []
     for shard in np.unique(rows.shard):

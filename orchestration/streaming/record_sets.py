@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.datasets.manifest import InstructManifest, Shard, load_manifest
+from orchestration.data.manifest import Manifest, Shard, load_manifest
 from orchestration.services import storage
 from orchestration.streaming.sampling import chunks_of
 from orchestration.streaming.table_cache import remember
@@ -28,7 +28,7 @@ MAX_FOOTER_BYTES = 16 * 2**20
 class RecordSet:
     """One split of one version of a data set; rows are counted over its shards in the manifest's order."""
 
-    manifest: InstructManifest
+    manifest: Manifest
     split: str
 
     @cached_property
@@ -61,7 +61,7 @@ def open_record_set(uri: str, split: str) -> RecordSet:
         DataError: there is no such data set or split.
         StorageError: S3 cannot be read.
     """
-    manifest = load_manifest(uri, InstructManifest)
+    manifest = load_manifest(uri, "instruct")
     if split not in manifest.splits:
         raise DataError(f"{manifest.uri} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
     return RecordSet(manifest, split)

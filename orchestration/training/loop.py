@@ -28,6 +28,7 @@ from tinyemo.label_embeddings import LabelEmbeddings
 from tinyemo.metrics import confusion_matrix
 from tinyemo.objective import Objective, build_objective
 from tinyemo.projector import MetricProjector
+from tinyemo.taxonomies import TAXONOMIES
 
 if TYPE_CHECKING:
     import ray.data
@@ -88,7 +89,7 @@ def objective_of(recipe: Recipe, labels: LabelEmbeddings, words: tuple[str, ...]
         words,
         synonyms_probability=recipe.labels.synonyms_probability,
         seed=recipe.train.seed,
-        taxonomy=recipe.labels.taxonomy,
+        taxonomy=recipe.labels.resolved(TAXONOMIES["ekman"]),
         taxonomy_augmentation=recipe.labels.taxonomy_augmentation,
     )
 

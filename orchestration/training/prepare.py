@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from orchestration.datasets.manifest import FeatureManifest, load_manifest
-from orchestration.datasets.split import SplitRows, carve_validation, load_splits
+from orchestration.data.dataset import Selection, SplitRows, select_rows
+from orchestration.data.manifest import Manifest, load_manifest
 from orchestration.recipe import Recipe
 from orchestration.streaming.feature_stream import Split, StreamPlan
 from orchestration.streaming.sampling import SampleOrder, TrainPlan
 from tinyemo.errors import ConfigError
-from tinyemo.taxonomies import canonical_word, taxonomy_labels
+from tinyemo.taxonomies import Taxonomy
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Preparation:
     """A recipe with what it will read: all that is known before a worker starts."""
 
     recipe: Recipe
-    manifest: FeatureManifest
-    words: tuple[str, ...]
-    splits: dict[str, SplitRows]
-    left_out_words: tuple[str, ...] = ()
-    left_out: SplitRows | None = None
-    """Train rows of the labels of data.leave_out, labels as indices into `left_out_words`; None without such labels."""
+    manifest: Manifest
+    taxonomy: Taxonomy
+    selection: Selection
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Labels that are told apart."""
+        return self.selection.words
 
     def data_digests(self) -> dict[str, str]:
         """Of what it reads, by the data set's name."""
@@ -34,14 +36,11 @@ class Preparation:
     def plan(self, *, num_epochs: float, is_refit: bool) -> StreamPlan:
         """The stream of one phase: train with validation beside it, or both as train."""
         recipe = self.recipe
-        rows = self.splits["train"]
-        train, validation = carve_validation(
-            rows, fraction=recipe.data.validation_fraction, fold=recipe.data.validation_fold
-        )
+        train, validation = self.selection.train, self.selection.validation
         if is_refit:
-            train, validation = rows, validation.take(np.arange(0))
+            train, validation = self.selection.whole, validation.take(np.arange(0))
         order = SampleOrder(len(train), recipe.train.seed, recipe.data.shuffle_pool_rows)
-        splits: dict[Split, SplitRows] = {"train": train, "validation": validation, "test": self.splits["test"]}
+        splits: dict[Split, SplitRows] = {"train": train, "validation": validation, "test": self.selection.test}
         return StreamPlan(
             manifest=self.manifest,
             train=TrainPlan(order, recipe.train.global_batch_size, num_epochs),
@@ -56,59 +55,50 @@ class Preparation:
 def prepare(recipe: Recipe) -> Preparation:
     """Read manifest and index and hold the recipe against them; no shard is read and no worker started.
 
+    The recipe that comes back names its labels, also where the one that went in leaves them to the data set.
+
     Raises:
         ConfigError: all that does not fit together, one line a field.
         StorageError, DataError: the data set cannot be read.
     """
-    manifest = load_manifest(recipe.data.dataset, FeatureManifest)
-    taxonomy = taxonomy_labels(recipe.labels.taxonomy)
-    left_out_words = tuple(dict.fromkeys(canonical_word(word) for word in recipe.data.leave_out))
-    words = tuple(word for word in taxonomy if word not in left_out_words)
-    problems = _leave_out_problems(recipe, left_out_words, words)
-    all_splits = load_splits(manifest, taxonomy)
-    splits = {name: _of_words(rows, taxonomy, words) for name, rows in all_splits.items()}
-    for split in ("train", "test"):
-        if split not in splits:
-            problems.append(f"data.dataset: {manifest.uri} has no {split} split, it has {', '.join(splits)}")
+    manifest = load_manifest(recipe.data.dataset, "features")
+    taxonomy = recipe.labels.resolved(manifest.taxonomy)
+    labels = recipe.labels.model_copy(update={"taxonomy": taxonomy, "words": ()})
+    recipe = recipe.model_copy(update={"labels": labels})
+    problems: list[str] = []
+    selection = None
+    data = recipe.data
+    try:
+        selection = select_rows(
+            manifest,
+            taxonomy.words,
+            leave_out=data.leave_out,
+            validation_split=data.validation_split,
+            validation_fraction=data.validation_fraction,
+            validation_fold=data.validation_fold,
+        )
+    except ConfigError as error:
+        problems += str(error).splitlines()
     if manifest.feature_width != recipe.projector.encoder_width:
         problems.append(
             f"projector.encoder_width: {recipe.projector.encoder_width} and the features of {manifest.uri} "
             f"are {manifest.feature_width} wide"
         )
     problems += _encoder_problems(recipe, manifest)
-    num_train = len(splits.get("train", ()))
-    if recipe.train.global_batch_size > num_train * (1 - recipe.data.validation_fraction):
+    if selection is not None and recipe.train.global_batch_size > len(selection.train):
         problems.append(
-            f"train.global_batch_size: {recipe.train.global_batch_size} is more than the {num_train} train rows "
-            "less validation"
+            f"train.global_batch_size: {recipe.train.global_batch_size} is more than the {len(selection.train)} train "
+            "rows left after validation"
         )
     if problems:
         raise ConfigError(f"{recipe.name}: {len(problems)} error(s)\n" + "\n".join(f"  {p}" for p in problems))
-    left_out = _of_words(all_splits["train"], taxonomy, left_out_words) if left_out_words else None
-    return Preparation(recipe, manifest, words, splits, left_out_words, left_out)
+    assert selection is not None
+    return Preparation(recipe, manifest, taxonomy, selection)
 
 
-def _leave_out_problems(recipe: Recipe, left_out: tuple[str, ...], words: tuple[str, ...]) -> list[str]:
-    foreign = [word for word in left_out if word not in taxonomy_labels(recipe.labels.taxonomy)]
-    if foreign:
-        return [f"data.leave_out: {', '.join(foreign)} not among the labels of {recipe.labels.taxonomy}"]
-    if len(words) < 2:
-        return [f"data.leave_out: leaves {len(words)} labels to train on; at least 2"]
-    return []
-
-
-def _encoder_problems(recipe: Recipe, manifest: FeatureManifest) -> list[str]:
+def _encoder_problems(recipe: Recipe, manifest: Manifest) -> list[str]:
     wanted, found = recipe.projector.encoder, manifest.encoder
     if not wanted or (found is not None and found.matches(wanted)):
         return []
     made_by = "do not say which encoder made them" if found is None else f"are of {found}"
     return [f"projector.encoder: {wanted} and the features of {manifest.uri} {made_by}"]
-
-
-def _of_words(rows: SplitRows, taxonomy: tuple[str, ...], words: tuple[str, ...]) -> SplitRows:
-    """The rows whose label is among `words`, labels as indices into those."""
-    if words == taxonomy:
-        return rows
-    place = np.array([words.index(word) if word in words else -1 for word in taxonomy], dtype=np.int64)
-    kept = rows.take(np.flatnonzero(place[rows.label] >= 0))
-    return replace(kept, label=place[kept.label])

@@ -99,11 +99,10 @@ def _tags(preparation: Preparation) -> dict[str, str]:
 
 def _log_inputs(run: tracking.RunHandle, preparation: Preparation) -> None:
     manifest = preparation.manifest
-    for split in ("train", "test"):
+    selection = preparation.selection
+    for split, rows in (("train", selection.whole), ("test", selection.test)):
         # A name a split: MLflow keeps one input for each name and digest.
-        run.log_dataset(
-            f"{manifest.name}-{split}", manifest.digest, manifest.uri, len(preparation.splits[split]), split
-        )
+        run.log_dataset(f"{manifest.name}-{split}", manifest.digest, manifest.uri, len(rows), split)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "recipe.toml"
         path.write_text(to_toml(preparation.recipe))
@@ -115,7 +114,7 @@ def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState
     confusion = torch.tensor(final.metrics["confusion"])
     scores = scores_from_confusion(confusion, preparation.words)
     plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
-    assert scores.num_samples == len(preparation.splits["test"])
+    assert scores.num_samples == len(preparation.selection.test)
     best = float(selected.metrics["best_top1_accuracy"])
     return TrainResult(
         name=recipe.name,
@@ -125,7 +124,7 @@ def _result(preparation: Preparation, run: tracking.RunHandle, final: PhaseState
         llm_weights=recipe.labels.llm_weights,
         hidden_size=recipe.projector.hidden_size,
         data=preparation.manifest.data,
-        num_train=len(preparation.splits["train"]) if recipe.train.refit else plan.train.order.num_rows,
+        num_train=len(preparation.selection.whole) if recipe.train.refit else plan.train.order.num_rows,
         num_validation=len(plan.splits["validation"]),
         num_test=scores.num_samples,
         best_epoch=int(selected.metrics["best_epoch"]),
@@ -197,8 +196,9 @@ def _card(preparation: Preparation, result: TrainResult) -> dict[str, CardValue]
         "llm_weights": recipe.labels.llm_weights,
         "llm_seed": recipe.labels.seed,
         "template": recipe.labels.template,
-        "taxonomy": recipe.labels.taxonomy,
-        "leave_out": ",".join(preparation.left_out_words),
+        "taxonomy": preparation.taxonomy.name,
+        "labels": ",".join(preparation.taxonomy.words),
+        "leave_out": ",".join(preparation.selection.left_out_words),
         "loss": recipe.loss.name,
         "data": result.data,
         "data_uri": preparation.manifest.uri,

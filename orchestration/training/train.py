@@ -21,6 +21,7 @@ def train(recipe: Recipe, *, parent_run_id: str | None = None, on_report: OnRepo
         TinyEmoError: see `prepare`, and what the servers say.
     """
     preparation = prepare(recipe)
+    recipe = preparation.recipe
     folder = f"{recipe.checkpoint.root}/{recipe.name}"
     claim = read_claim(folder, recipe, preparation.data_digests())
     if claim is not None and storage.exists(f"{folder}/result.json"):

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from orchestration.assets.inputs import sha256_of_file
-from orchestration.datasets.manifest import InstructManifest
-from orchestration.datasets.shards import parquet_bytes
+from orchestration.data.manifest import Manifest, parquet_bytes
 from orchestration.datasets.validation import Rejection
 from orchestration.services import storage
 from orchestration.streaming.record_sets import RecordSet, read_records
@@ -31,7 +30,6 @@ from orchestration.vision.image_plan import ImageReason, Part
 from tinyemo.config import Section
 from tinyemo.encoders import EncoderSpec, parquet_metadata
 from tinyemo.errors import DataError
-from tinyemo.taxonomies import label_id
 
 if TYPE_CHECKING:
     from tinyemo.vision import VisionEncoder
@@ -61,7 +59,7 @@ class PoolConfig(Section):
 class FeatureJob:
     """What every actor gets to know."""
 
-    source: InstructManifest
+    source: Manifest
     choice: EncoderChoice
     spec: EncoderSpec
     uri: str
@@ -222,7 +220,6 @@ def _pooled_table(spec: EncoderSpec, part: Part, encoded: _Encoded) -> pa.Table:
         {
             "id": pa.array([part.ids[place] for _, place in kept], pa.string()),
             "label": pa.array(labels, pa.string()),
-            "label_id": pa.array([label_id(label) for label in labels], pa.int32()),
             "features": pa.FixedSizeListArray.from_arrays(values, spec.feature_width),
         }
     )

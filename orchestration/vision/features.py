@@ -15,45 +15,38 @@ import json
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from orchestration.datasets.manifest import (
-    INDEX_SCHEMA,
+from orchestration.data.dataset import read_image_columns
+from orchestration.data.manifest import (
     VERSION_LENGTH,
-    FeatureManifest,
-    InstructManifest,
-    Rejected,
-    Shard,
-    SplitCounts,
-    id_hash,
-    load_manifest,
-)
-from orchestration.datasets.shards import parquet_bytes, rejected_table
-from orchestration.datasets.validation import Rejection
-from orchestration.datasets.versions import (
     Advance,
+    Manifest,
+    Shard,
     check_destination,
+    count_splits,
     existing_version,
-    open_uploads,
+    load_manifest,
     point_latest_at,
     publish,
+    put_index,
+    put_rejected,
 )
+from orchestration.datasets.shards import rejected_table
+from orchestration.datasets.validation import Rejection
 from orchestration.services import storage
 from orchestration.services.interruption import sigterm_interrupts
 from orchestration.streaming.unordered_tasks import MAX_RETRIES, run_unordered
 from orchestration.vision.encode_parts import FeatureJob, PartEncoder, PoolConfig, forget_notes, read_notes
 from orchestration.vision.encoder_sources import EncoderChoice, describe_choice
-from orchestration.vision.image_plan import ImagePlan, ImageReason, Part, plan_images, read_image_columns
+from orchestration.vision.image_plan import ImagePlan, ImageReason, Part, plan_images
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import ConfigError, DataError
-from tinyemo.taxonomies import label_id
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +55,7 @@ logger = logging.getLogger(__name__)
 class FeaturesReport:
     """What `make_features` did."""
 
-    manifest: FeatureManifest
+    manifest: Manifest
     is_unchanged: bool
     """The version was there already: nothing was computed."""
     num_parts: int
@@ -107,14 +100,14 @@ def make_features(
     """
     started = time.monotonic()
     check_destination(name, root)
-    source = load_manifest(dataset, InstructManifest)
+    source = load_manifest(dataset, "instruct", "images")
     folder = f"{root.rstrip('/')}/{name}"
     if source.uri.startswith(f"{folder}/"):
         raise ConfigError(f"--name {name} is the instruct data set itself: choose another name for its features")
     spec = describe_choice(choice)
     digest = _digest(source, spec, images_per_part, has_patches)
     uri = f"{folder}/{digest[:VERSION_LENGTH]}"
-    existing = None if is_forced else existing_version(uri, digest, FeatureManifest)
+    existing = None if is_forced else existing_version(uri, digest)
     if existing is not None:
         point_latest_at(existing)
         num_parts = len(existing.patches) or len(existing.shards)
@@ -134,7 +127,7 @@ def make_features(
     return FeaturesReport(manifest, False, len(plan.parts), num_resumed, num_actors, time.monotonic() - started)
 
 
-def _digest(source: InstructManifest, spec: EncoderSpec, images_per_part: int, has_patches: bool) -> str:
+def _digest(source: Manifest, spec: EncoderSpec, images_per_part: int, has_patches: bool) -> str:
     """sha256 over all that decides what a version holds."""
     content = [1, "vision features", source.digest, spec.model_dump(mode="json"), images_per_part, has_patches]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -222,7 +215,7 @@ def _count_actors(pool: PoolConfig, num_gpus: float, num_parts: int, resources: 
 # The end: from notes to a manifest
 
 
-def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per_part: int) -> FeatureManifest:
+def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per_part: int) -> Manifest:
     """Store index and rejected images; the manifest that may be written when this returns."""
     notes = read_notes(job.uri)
     lost = [part.name for part in plan.parts if part.name not in notes]
@@ -239,18 +232,17 @@ def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per
         raise DataError(f"{kept.num_rows} images have a label and a feature: make the features again with --force")
     if plan.num_images != kept.num_rows + len(rejections):
         raise AssertionError(f"{plan.num_images} images, {kept.num_rows} kept, {len(rejections)} rejected")
-    with open_uploads(job.uri) as uploads:
-        index = uploads.put("index.parquet", parquet_bytes(kept.select(INDEX_SCHEMA.names)))
-        rejected = uploads.put("rejected.parquet", parquet_bytes(rejected_table(rejections)))
-    reasons = dict(sorted(Counter(str(rejection.reason) for rejection in rejections).items()))
-    return FeatureManifest(
+    index = put_index(job.uri, kept, [shard.rows for shard in shards])
+    rejected = put_rejected(job.uri, rejected_table(rejections))
+    return Manifest(
+        kind="features",
         name=name,
         version=digest[:VERSION_LENGTH],
         digest=digest,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         data=job.source.data,
         source={
-            "kind": "instruct",
+            "kind": job.source.kind,
             "name": job.source.name,
             "digest": job.source.digest,
             "records": plan.num_records,
@@ -263,12 +255,12 @@ def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per
         patch_width=job.spec.patch_width if job.has_patches else None,
         patches=patches,
         taxonomy=job.source.taxonomy,
-        rows_per_shard=images_per_part,
+        rows_per_group=images_per_part,
         rows_in=plan.num_images,
-        splits=_count_splits(kept),
+        splits=count_splits(kept),
         shards=shards,
         index=index,
-        rejected=Rejected(**rejected.model_dump(), rows=len(rejections), reasons=reasons),
+        rejected=rejected,
         uri=job.uri,
     )
 
@@ -278,28 +270,11 @@ def _from_note(item: dict[str, Any]) -> Rejection:
 
 
 def _kept_rows(plan: ImagePlan, unencoded: set[tuple[str, str]]) -> pa.Table:
-    """INDEX_SCHEMA and the label, one row per image with a pooled row, in the order in which they are stored."""
-    rows: list[tuple[str, int, int, int, int, str]] = []
-    shard = 0
-    for part in plan.parts:
-        kept = [
-            (sha256, label)
-            for sha256, label in zip(part.ids, part.labels, strict=True)
-            if label is not None and (part.split, sha256) not in unencoded
-        ]
-        rows += [
-            (part.split, label_id(label), id_hash(sha256), shard, row, label)
-            for row, (sha256, label) in enumerate(kept)
-        ]
-        shard += bool(kept)  # a part without labels has no shard of pooled features
-    columns = zip(*rows, strict=True) if rows else [[]] * 6
-    schema = INDEX_SCHEMA.append(pa.field("label", pa.string()))
-    return pa.table([list(column) for column in columns], schema=schema)
-
-
-def _count_splits(kept: pa.Table) -> dict[str, SplitCounts]:
-    splits = {}
-    for split in dict.fromkeys(kept["split"].to_pylist()):
-        labels = kept.filter(pc.equal(kept["split"], split))["label"].to_pylist()
-        splits[split] = SplitCounts(rows=len(labels), labels=dict(sorted(Counter(labels).items())))
-    return splits
+    """Return split, id and label of every image with a pooled row, in the order in which they are stored."""
+    rows = [
+        {"split": part.split, "id": sha256, "label": label}
+        for part in plan.parts
+        for sha256, label in zip(part.ids, part.labels, strict=True)
+        if label is not None and (part.split, sha256) not in unencoded
+    ]
+    return pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in ("split", "id", "label")]))

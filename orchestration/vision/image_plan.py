@@ -10,16 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.datasets.manifest import InstructManifest, Shard
-from orchestration.datasets.validation import Rejection, held_out_rank
-from orchestration.services import storage
-from tinyemo.errors import DataError
-from tinyemo.taxonomies import LABELS, label_id
-
-COLUMNS = ("image_sha256", "label")
+from orchestration.data.manifest import held_out_rank
+from orchestration.datasets.validation import Rejection
 
 
 class ImageReason(StrEnum):
@@ -81,39 +75,6 @@ class ImagePlan:
     """Pairs of split and image."""
 
 
-def read_image_columns(manifest: InstructManifest) -> pa.Table:
-    """Columns split, row (counted over the split's shards), image_sha256 and label of every record; no image is read.
-
-    Raises:
-        DataError: a shard is missing or corrupt.
-        StorageError: S3 cannot be read.
-    """
-    tables, starts = [], dict.fromkeys(manifest.splits, 0)
-    for shard in manifest.shards:
-        table = _read_columns(manifest, shard)
-        first = starts[shard.split]
-        starts[shard.split] += shard.rows
-        table = table.append_column("row", pa.array(np.arange(first, first + shard.rows)))
-        tables.append(table.append_column("split", pa.repeat(pa.scalar(shard.split), shard.rows)))
-    return pa.concat_tables(tables)
-
-
-def _read_columns(manifest: InstructManifest, shard: Shard) -> pa.Table:
-    uri = manifest.file_uri(shard.path)
-    try:
-        with pq.ParquetFile(
-            storage.filesystem().open_input_file(uri.removeprefix("s3://")), page_checksum_verification=True
-        ) as file:
-            table = file.read(columns=list(COLUMNS))
-    except (pa.ArrowException, OSError) as error:
-        storage.exists(uri)  # raises what is wrong with S3
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{uri} is missing or corrupt ({reason}): ingest the data set again with --force") from error
-    if table.num_rows != shard.rows:
-        raise DataError(f"{uri} has {table.num_rows} rows, its manifest says {shard.rows}")
-    return table
-
-
 def plan_images(records: pa.Table, images_per_part: int) -> ImagePlan:
     """The parts of records with the columns of `read_image_columns`."""
     images = _group(records)
@@ -131,20 +92,17 @@ def plan_images(records: pa.Table, images_per_part: int) -> ImagePlan:
 
 
 def _group(records: pa.Table) -> pa.Table:
-    """One row per split and image, in the order of their first records: split, image_sha256, row, lowest and highest
-    id of the labels that its records name."""
-    words = records["label"].combine_chunks().dictionary_encode()
-    ids = pa.array([label_id(word) for word in words.dictionary.to_pylist()], pa.int32())
-    labelled = records.select(["split", "image_sha256", "row"]).append_column("label", ids.take(words.indices))
-    grouped = labelled.group_by(["split", "image_sha256"]).aggregate([("row", "min"), ("label", "min_max")])
-    struct = grouped["label_min_max"].combine_chunks()
+    """One row per split and image, in the order of their first records: split, image_sha256, row, first and last by
+    alphabet of the labels that its records name."""
+    aggregates = [("row", "min"), ("label", "min"), ("label", "max")]
+    grouped = records.group_by(["split", "image_sha256"]).aggregate(aggregates)
     table = pa.table(
         {
             "split": grouped["split"],
             "image_sha256": grouped["image_sha256"],
             "row": grouped["row_min"],
-            "lowest": struct.field("min"),
-            "highest": struct.field("max"),
+            "lowest": grouped["label_min"],
+            "highest": grouped["label_max"],
         }
     )
     return table.sort_by([("split", "ascending"), ("row", "ascending")]).combine_chunks()
@@ -160,7 +118,7 @@ def _reasons(images: pa.Table) -> dict[int, tuple[ImageReason, str]]:
         if low is None:
             found.setdefault(place, (ImageReason.NO_LABEL, "no record of this image names a label"))
         elif low != high:
-            detail = f"its records name {LABELS[low]} and {LABELS[high]}"
+            detail = f"its records name {low} and {high}"
             found.setdefault(place, (ImageReason.CONFLICTING_LABELS, detail))
     return found
 
@@ -185,11 +143,11 @@ def _part(
     images: pa.Table, split: str, number: int, places: list[int], reasons: dict[int, tuple[ImageReason, str]]
 ) -> Part:
     taken = images.take(pa.array(places))
-    ids = taken["lowest"].to_pylist()
+    labels = taken["lowest"].to_pylist()
     return Part(
         split=split,
         number=number,
         rows=taken["row"].to_numpy().astype(np.int64),
         ids=taken["image_sha256"].to_pylist(),
-        labels=[None if place in reasons else LABELS[i] for place, i in zip(places, ids, strict=True)],
+        labels=[None if place in reasons else label for place, label in zip(places, labels, strict=True)],
     )

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from orchestration.datasets.manifest import FeatureManifest, load_manifest, read_file
+from orchestration.data.manifest import load_manifest, read_file
 from orchestration.streaming.feature_stream import features_array
 from tinyemo.errors import DataError
 from tinyemo.features import FeatureTable
@@ -24,7 +24,7 @@ def read_stored_features(uri: str, split: str) -> FeatureTable:
         DataError: there is no such data set or split, or a shard is corrupt.
         StorageError: S3 cannot be read.
     """
-    manifest = load_manifest(uri, FeatureManifest)
+    manifest = load_manifest(uri, "features")
     if split not in manifest.splits:
         raise DataError(f"{manifest.uri} has no split {split!r}: it has {', '.join(sorted(manifest.splits))}")
     shards = [shard for shard in manifest.shards if shard.split == split]

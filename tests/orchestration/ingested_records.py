@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from broken_records import RULES, Corpus
 
-from orchestration.datasets.manifest import InstructManifest
+from orchestration.data.manifest import Manifest
 from orchestration.instruct.ingest import InstructReport, ingest_instruct
 from orchestration.instruct.rules import Layout
 from orchestration.services import storage
@@ -27,11 +27,11 @@ def read_parquet(uri: str) -> list[dict[str, Any]]:
     return rows
 
 
-def rejected(manifest: InstructManifest) -> dict[int, dict[str, Any]]:
+def rejected(manifest: Manifest) -> dict[int, dict[str, Any]]:
     return {row["number"]: row for row in read_parquet(manifest.file_uri(manifest.rejected.path))}
 
 
-def stored(manifest: InstructManifest) -> list[dict[str, Any]]:
+def stored(manifest: Manifest) -> list[dict[str, Any]]:
     """Every record, shard after shard."""
     return [row for shard in manifest.shards for row in read_parquet(manifest.file_uri(shard.path))]
 

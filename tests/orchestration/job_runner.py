@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestration.datasets.manifest import FeatureManifest, load_manifest
+from orchestration.data.manifest import Manifest, load_manifest
 from orchestration.jobs.stage_state import Curve, PhaseState, read_curve, read_state
 from orchestration.services import storage
 
@@ -111,10 +111,10 @@ class Jobs:
                     patch.setenv(name, value)
             yield
 
-    def manifest(self, dataset: str) -> FeatureManifest:
+    def manifest(self, dataset: str) -> Manifest:
         """Of a data set in the platform's bucket."""
         with self.connected():
-            return load_manifest(f"s3://tinyemo/datasets/{dataset}", FeatureManifest)
+            return load_manifest(f"s3://tinyemo/datasets/{dataset}", "features")
 
     def curve(self, name: str, phase: str = "select") -> dict[int, float]:
         """train/loss by step of a run's phase; each step must be there once."""

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestration.datasets.manifest import RECORD_SCHEMA, FileRef, InstructManifest, Rejected, Shard, SplitCounts
-from orchestration.datasets.versions import publish
+from orchestration.data.manifest import RECORD_SCHEMA, FileRef, Manifest, Rejected, Shard, SplitCounts, publish
 from orchestration.services import storage
 
 
@@ -52,7 +51,7 @@ def write_records(
     name: str = "drawn",
     rows_per_group: int = 8,
     rows_per_shard: int = 50,
-) -> InstructManifest:
+) -> Manifest:
     """A version of one split, train, in S3."""
     uri = f"{root}/{name}/{hashlib.sha256(repr([row['id'] for row in rows]).encode()).hexdigest()[:12]}"
     shards = []
@@ -73,7 +72,8 @@ def write_records(
         )  # fmt: skip
     digest = hashlib.sha256(name.encode() + b"".join(shard.sha256.encode() for shard in shards)).hexdigest()
     empty = put(uri, "empty", b"")
-    manifest = InstructManifest(
+    manifest = Manifest(
+        kind="instruct",
         name=name,
         version=uri.rsplit("/", 1)[1],
         digest=digest,

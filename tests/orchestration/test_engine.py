@@ -29,7 +29,7 @@ from orchestration.training.loop import build_projector, take_step
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import TAXONOMIES
 
 BATCH = 16
 STAGES = (0, 1, 2, 3)
@@ -44,7 +44,7 @@ def objective(recipe: Recipe) -> Objective:
     words = known_words()
     vectors = torch.randn(len(words), 576, generator=torch.Generator().manual_seed(1))
     labels = LabelEmbeddings(words, vectors, "none", "none", "random", "word")
-    return build_objective(recipe.loss, labels, taxonomy_labels("ekman"), synonyms_probability=0, seed=0)
+    return build_objective(recipe.loss, labels, TAXONOMIES["ekman"].words, synonyms_probability=0, seed=0)
 
 
 def batch(step: int, rank: int, world_size: int, *, is_finite: bool = True) -> Batch:

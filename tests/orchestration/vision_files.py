@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 from record_files import record
 
-from orchestration.datasets.manifest import InstructManifest
+from orchestration.data.manifest import Manifest
 from orchestration.services import storage
 from orchestration.vision.encode_parts import FeatureJob, PoolConfig
 from orchestration.vision.encoder_sources import choose_encoder, describe_choice
 from tinyemo.encoders import EncoderInfo
 from tinyemo.taxonomies import TAXONOMIES
 
-EKMAN = TAXONOMIES["ekman"]
+EKMAN = TAXONOMIES["ekman"].words
 CLIP_WIDTH = 512
 OTHER = EncoderInfo(name="other", revision="r", preprocessing="p")
 
@@ -50,7 +50,7 @@ def photographed(count: int, *, first: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def job_for(source: InstructManifest, folder: Path, uri: str, **changed: Any) -> FeatureJob:
+def job_for(source: Manifest, folder: Path, uri: str, **changed: Any) -> FeatureJob:
     choice = choose_encoder(str(folder))
     fields: dict[str, Any] = {"has_patches": True, "pool": PoolConfig(batch_size=4), "run": "r"} | changed
     return FeatureJob(source, choice, describe_choice(choice), uri, **fields)

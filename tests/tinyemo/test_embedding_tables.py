@@ -18,7 +18,7 @@ from transformers.integrations.gguf.dequant import dequantize as dequantize_bloc
 from orchestration.assets.catalogue import get_asset
 from tinyemo.embedding_tables import open_gguf_table, open_safetensors_table, random_table
 from tinyemo.errors import DataError
-from tinyemo.taxonomies import LABELS
+from tinyemo.label_embeddings import known_words
 
 WIDTH = 64
 VOCABULARY = [*pre_tokenizers.ByteLevel.alphabet(), "jo", "joy", "Ġjoy"]
@@ -89,7 +89,7 @@ def test_the_revision_tells_tables_apart(tmp_path: Path):
 def test_smollm2_equals_the_whole_table(smollm2: Path):
     """Rows against gguf's own reader; the model is never built."""
     table = open_gguf_table(smollm2)
-    ids = sorted({token for word in LABELS for token in table.tokenize(word)})
+    ids = sorted({token for word in known_words() for token in table.tokenize(word)})
     rows = table.rows(ids)
     assert (table.width, rows.shape) == (576, (len(ids), 576))
     [tensor] = [tensor for tensor in GGUFReader(smollm2).tensors if tensor.name == "token_embd.weight"]
@@ -103,12 +103,12 @@ def test_smollm2_agrees_with_the_tokenizer_and_table_of_transformers(smollm2: Pa
     """transformers builds the tokenizer and unpacks Q4_1 blocks by code of its own."""
     table = open_gguf_table(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name, local_files_only=True)
-    for text in (*LABELS, *TEXTS, "a scene evoking joy to viewers"):
+    for text in (*known_words(), *TEXTS, "a scene evoking joy to viewers"):
         assert table.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
     header = GgufHeader.from_file(str(smollm2))
     blocks = load_gguf_state_dict(header)["token_embd.weight"][...]
     whole = dequantize_blocks(blocks.reshape(-1), header.ggml_types["token_embd.weight"]).reshape(49_152, 576)
-    ids = sorted({token for word in LABELS for token in table.tokenize(word)})
+    ids = sorted({token for word in known_words() for token in table.tokenize(word)})
     assert torch.allclose(table.rows(ids), whole[ids], rtol=1e-6, atol=1e-7)
 
 

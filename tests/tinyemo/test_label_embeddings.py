@@ -13,7 +13,7 @@ from tinyemo.config import LabelConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.errors import DataError
 from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words
-from tinyemo.taxonomies import LABELS, TAXONOMIES, synonyms
+from tinyemo.taxonomies import TAXONOMIES, find_taxonomy
 
 
 def test_a_label_is_the_mean_of_its_tokens():
@@ -33,9 +33,11 @@ def test_a_label_is_the_mean_of_its_tokens():
 
 def test_known_words_are_all_labels_then_all_synonyms_once():
     words = known_words()
-    assert words[: len(LABELS)] == LABELS
+    labels = sorted({word for taxonomy in TAXONOMIES.values() for word in taxonomy.words})
+    assert list(words[: len(labels)]) == labels
     assert len(set(words)) == len(words)
-    assert set(words) == {*LABELS, *(text for word in TAXONOMIES["parrott"] for text in synonyms(word))}
+    assert set(words) == {*labels, *(text for texts in TAXONOMIES["parrott"].synonyms.values() for text in texts)}
+    assert known_words(find_taxonomy(["joy", "boredom"])) == (*words, "boredom")
 
 
 def test_select_keeps_the_order_asked_and_takes_aliases():

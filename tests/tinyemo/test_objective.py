@@ -13,9 +13,9 @@ from tinyemo.config import LossConfig, ProjectorConfig
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective, other_labels
 from tinyemo.projector import MetricProjector
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import TAXONOMIES
 
-EKMAN = taxonomy_labels("ekman")
+EKMAN = TAXONOMIES["ekman"].words
 
 
 def objective(loss: dict[str, Any] | None = None, **settings: Any) -> Objective:
@@ -54,9 +54,9 @@ def test_mixing_changes_with_the_step_and_comes_back() -> None:
 
 
 def test_other_taxonomies_give_the_words_that_stand_for_a_label() -> None:
-    assert other_labels("surprise", "ekman") == ("awe",)
-    assert other_labels("joy", "ekman") == ()
-    assert "joy" in other_labels("affection", "parrott")
+    assert other_labels("surprise", TAXONOMIES["ekman"]) == ("awe",)
+    assert other_labels("joy", TAXONOMIES["ekman"]) == ()
+    assert "joy" in other_labels("affection", TAXONOMIES["parrott"])
 
 
 def test_taxonomy_augmentation_swaps_texts_and_never_labels() -> None:

@@ -19,15 +19,14 @@ from hypothesis import strategies as st
 from ingested_features import ingest, read_split
 
 from orchestration.assets.inputs import generated_input
-from orchestration.datasets.manifest import FeatureManifest, load_manifest, read_index, verify_manifest
+from orchestration.data.manifest import Manifest, load_manifest, read_index, verify_manifest
 from orchestration.datasets.shards import _staged_rows
 from orchestration.services import storage
-from tinyemo.taxonomies import label_id
 
 # What is stored
 
 
-def test_every_row_comes_back_in_hash_order_with_its_label_id(s3_root: str, tmp_path: Path) -> None:
+def test_every_row_comes_back_in_hash_order_with_its_label(s3_root: str, tmp_path: Path) -> None:
     given = {"train": good_rows("train", 40, 1), "test": good_rows("test", 10, 2)}
     manifest = ingest(write_splits(tmp_path, **given), s3_root).manifest
     for split, table in given.items():
@@ -36,7 +35,6 @@ def test_every_row_comes_back_in_hash_order_with_its_label_id(s3_root: str, tmp_
         by_id = {row["id"]: row for row in table.to_pylist()}
         for row in stored.to_pylist():
             assert row["label"] == by_id[row["id"]]["emotion"]
-            assert row["label_id"] == label_id(row["label"])
             assert row["features"] == by_id[row["id"]]["features"]
         assert manifest.splits[split].labels == Counter(table["emotion"].to_pylist())
     assert stored.schema.field("features").type == pa.list_(pa.float16(), WIDTH)
@@ -95,11 +93,11 @@ def test_the_same_input_twice_uploads_nothing(s3_root: str, tmp_path: Path) -> N
     assert not first.is_unchanged
     assert first.num_uploaded == 6
     assert (second.is_unchanged, second.num_uploaded, second.uploaded_bytes) == (True, 0, 0)
-    assert second.manifest == first.manifest == load_manifest(f"{s3_root}/small", FeatureManifest)
+    assert second.manifest == first.manifest == load_manifest(f"{s3_root}/small", "features")
     assert storage_times(first.manifest) == before
 
 
-def storage_times(manifest: FeatureManifest) -> dict[str, object]:
+def storage_times(manifest: Manifest) -> dict[str, object]:
     """When each object of the data set was written last."""
     bucket, key = storage.parse_s3_uri(manifest.uri.rsplit("/", 1)[0])
     answer = storage.client().list_objects_v2(Bucket=bucket, Prefix=f"{key}/")
@@ -142,10 +140,10 @@ def test_any_change_is_another_version_and_the_former_one_stays(s3_root: str, tm
     digests = {first.digest, *(version.digest for version in versions)}
     digests.add(ingest(tmp_path / "a", s3_root, rows_per_shard=7).manifest.digest)
     assert len(digests) == 6
-    assert verify_manifest(load_manifest(first.uri, FeatureManifest)) > 0
+    assert verify_manifest(load_manifest(first.uri, "features")) > 0
     again = ingest(tmp_path / "a", s3_root)
     assert again.is_unchanged
-    assert load_manifest(f"{s3_root}/small", FeatureManifest) == first  # latest goes back to it
+    assert load_manifest(f"{s3_root}/small", "features") == first  # latest goes back to it
 
 
 def test_a_version_that_lost_a_file_is_stored_again(s3_root: str, tmp_path: Path) -> None:
@@ -153,7 +151,7 @@ def test_a_version_that_lost_a_file_is_stored_again(s3_root: str, tmp_path: Path
     first = ingest(source, s3_root).manifest
     storage.delete(first.shard_uris("train")[1])
     assert not ingest(source, s3_root).is_unchanged
-    assert verify_manifest(load_manifest(f"{s3_root}/small", FeatureManifest)) > 0
+    assert verify_manifest(load_manifest(f"{s3_root}/small", "features")) > 0
 
 
 def test_force_repairs_what_a_listing_cannot_see(s3_root: str, tmp_path: Path) -> None:
@@ -162,7 +160,7 @@ def test_force_repairs_what_a_listing_cannot_see(s3_root: str, tmp_path: Path) -
     storage.write_bytes(uri, bytes(len(storage.read_bytes(uri))))
     assert ingest(source, s3_root).is_unchanged
     assert not ingest(source, s3_root, is_forced=True).is_unchanged
-    assert verify_manifest(load_manifest(f"{s3_root}/small", FeatureManifest)) > 0
+    assert verify_manifest(load_manifest(f"{s3_root}/small", "features")) > 0
 
 
 # Memory, generated rows, assets, command line

@@ -40,8 +40,8 @@ def test_each_bad_row_is_rejected_with_its_reason(s3_root: str, tmp_path: Path) 
     }
     assert (manifest.rows_in, manifest.rows_kept, manifest.rejected.rows) == (14, 2, 12)
     assert manifest.rejected.reasons == Counter(row[3] for row in bad)
-    found = {row["row"]: row for row in rejected(manifest)}
-    for number, (sample_id, _, label, reason, detail) in enumerate(bad, start=2):
+    found = {row["number"]: row for row in rejected(manifest)}
+    for number, (sample_id, _, label, reason, detail) in enumerate(bad, start=3):
         line = found[number]
         assert (line["split"], line["id"], line["label"], line["reason"]) == ("train", sample_id, label, reason)
         assert detail in line["detail"]

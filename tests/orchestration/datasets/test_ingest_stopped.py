@@ -15,7 +15,7 @@ from breaking_proxy import BreakingProxy
 from feature_files import good_rows, rows, vectors, write_splits
 from ingested_features import assert_is_one_line, ingest
 
-from orchestration.datasets.manifest import FeatureManifest, load_manifest, verify_manifest
+from orchestration.data.manifest import Manifest, load_manifest, verify_manifest
 from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError, StorageError
 
@@ -113,9 +113,9 @@ def large_source(tmp_path: Path) -> Path:
     )
 
 
-def assert_only_the_former_version_is_there(s3_root: str, former: FeatureManifest) -> None:
+def assert_only_the_former_version_is_there(s3_root: str, former: Manifest) -> None:
     """The latest is the former, whole; of the broken one there are shards and no manifest."""
-    assert load_manifest(f"{s3_root}/small", FeatureManifest) == former
+    assert load_manifest(f"{s3_root}/small", "features") == former
     assert verify_manifest(former) > 0
     stored = storage.list_prefix(f"{s3_root}/small")
     assert [uri for uri in stored if uri.endswith("manifest.json")] == [f"{former.uri}/manifest.json"]
@@ -143,7 +143,7 @@ def test_a_killed_ingest_leaves_the_former_version(
     assert_only_the_former_version_is_there(s3_root, former)
     whole = ingest(large_source, s3_root)
     assert not whole.is_unchanged
-    assert verify_manifest(load_manifest(f"{s3_root}/small", FeatureManifest)) == whole.uploaded_bytes
+    assert verify_manifest(load_manifest(f"{s3_root}/small", "features")) == whole.uploaded_bytes
 
 
 def test_a_lost_connection_is_one_line_and_leaves_the_former_version(

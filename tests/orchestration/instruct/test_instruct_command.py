@@ -10,7 +10,7 @@ from broken_records import Corpus, encode, picture, record
 from job_runner import Jobs
 from PIL import Image
 
-from orchestration.datasets.manifest import InstructManifest, load_manifest
+from orchestration.data.manifest import load_manifest
 from orchestration.instruct.ingest import REJECTED_SCHEMA
 from orchestration.instruct.rules import IngestRules, Reason
 from orchestration.services import storage
@@ -42,7 +42,7 @@ def test_the_command_ingests_and_shows_the_card_in_mlflow(small: Corpus, jobs: J
     assert run.data.tags["kind"] == "ingest"
     assert run.data.metrics["data/rows_kept"] == 9
     with jobs.connected():
-        manifest = load_manifest("s3://tinyemo/datasets/small", InstructManifest)
+        manifest = load_manifest("s3://tinyemo/datasets/small", "instruct")
         assert manifest.digest == document["digest"] == run.data.tags["data.digest"]
         card = storage.read_bytes(manifest.file_uri("card.md"))
         sheet = Image.open(io.BytesIO(storage.read_bytes(manifest.file_uri("samples.png"))))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.datasets.validation import held_out_rank
+from orchestration.data.manifest import held_out_rank
 from orchestration.instruct.decisions import FACT_SCHEMA, choose_split, decide, digest_of, plan_shards
 from orchestration.instruct.rules import IngestRules, Layout, Reason
 

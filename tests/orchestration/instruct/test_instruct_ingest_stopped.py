@@ -13,7 +13,7 @@ import pytest
 from broken_records import Corpus, encode, picture, record
 from ingested_records import ingest, left_in
 
-from orchestration.datasets.manifest import InstructManifest, load_manifest, verify_manifest
+from orchestration.data.manifest import load_manifest, verify_manifest
 from orchestration.instruct import tasks as instruct_tasks
 from orchestration.instruct.ingest import ingest_instruct
 from tinyemo.errors import ConfigError, DataError, PlatformError
@@ -51,7 +51,7 @@ def test_an_ingest_that_ends_between_the_phases_leaves_no_version_and_no_staging
     left = left_in(s3_folder, "broken")
     assert not [uri for uri in left if "manifest" in uri or "latest" in uri or "staging" in uri]
     assert not ingest(corpus, s3_folder).is_unchanged
-    assert verify_manifest(load_manifest(f"{s3_folder}/broken", InstructManifest)) > 0
+    assert verify_manifest(load_manifest(f"{s3_folder}/broken", "instruct")) > 0
 
 
 KILLED_DRIVER = """

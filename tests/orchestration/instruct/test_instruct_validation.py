@@ -110,7 +110,7 @@ def test_a_stated_label_is_found_where_a_line_ends_with_it(ending: str, label: s
 @settings(deadline=None)
 @given(data=st.data())
 def test_every_label_of_a_taxonomy_is_accepted_however_it_is_written(taxonomy: str, data: st.DataObject) -> None:
-    words = data.draw(st.lists(st.sampled_from(TAXONOMIES[taxonomy]), min_size=1, unique=True))
+    words = data.draw(st.lists(st.sampled_from(TAXONOMIES[taxonomy].words), min_size=1, unique=True))
     write = data.draw(st.sampled_from([str, str.title, str.upper, "'{}'".format, ' "{}" '.format]))
     document = record("x", "a.jpg", **reasoned(f"[{', '.join(map(write, words))}]", predicted=write(words[-1])))
     found = check(document, taxonomy=taxonomy)
@@ -218,7 +218,12 @@ def test_rules_come_from_a_file_with_options_laid_over_it(tmp_path: Path) -> Non
     path = tmp_path / "rules.toml"
     path.write_text('taxonomy = "parrott"\nmin_side = 32\n[held_out]\ntest = 0.2\n')
     rules = load_rules(path, ["min_side=64", "animated=first_frame", 'tasks=["vqa"]', "held_out.dev=0.1"])
-    assert (rules.taxonomy, rules.min_side, rules.animated, rules.tasks) == ("parrott", 64, "first_frame", ("vqa",))
+    assert (rules.taxonomy.name, rules.min_side, rules.animated, rules.tasks) == (
+        "parrott",
+        64,
+        "first_frame",
+        ("vqa",),
+    )
     assert rules.held_out == {"test": 0.2, "dev": 0.1}
     assert load_rules(None, ["held_out.test=0"]).held_out == {"validation": 0.05, "test": 0}
     assert load_rules(None) == IngestRules()

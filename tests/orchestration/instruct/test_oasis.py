@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from job_runner import Jobs
 from pydantic import ValidationError
 
-from orchestration.datasets.manifest import InstructManifest, load_manifest
+from orchestration.data.manifest import load_manifest
 from orchestration.instruct.oasis import (
     CAPTION_ANSWERS,
     EMOTION_ANSWERS,
@@ -36,7 +36,7 @@ from orchestration.instruct.oasis import (
 from orchestration.instruct.rules import IngestRules
 from orchestration.instruct.validation import check_record
 from tinyemo.errors import DataError
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import TAXONOMIES
 
 needs_mirror = pytest.mark.skipif(not (MIRROR / "oasis").is_dir(), reason=f"no photographs at {MIRROR}")
 RULES = OasisRules()
@@ -87,7 +87,7 @@ def test_emotions_are_the_documented_regions(
 
 def test_the_quadrants_hold_each_word_of_mikels_once() -> None:
     words = [word for found in QUADRANTS.values() for word in found]
-    assert sorted(words) == sorted(taxonomy_labels("mikels"))
+    assert sorted(words) == sorted(TAXONOMIES["mikels"].words)
 
 
 @given(valence=RATINGS, arousal=RATINGS, width=st.floats(0, 2))
@@ -173,7 +173,7 @@ def test_a_photograph_without_emotion_gets_none() -> None:
     records = list(build_records([photograph(4, 5), photograph(6, 3.7, number=1)], RULES))
     assert [(record["task"], record["label"]) for record in records] == [("caption", None), ("sqa", None)] * 2
     text = json.dumps(records)
-    assert not re.search("|".join(taxonomy_labels("mikels")), text)
+    assert not re.search("|".join(TAXONOMIES["mikels"].words), text)
     assert "neutral" in records[1]["conversations"][1]["value"]
     assert "positive" in records[3]["conversations"][1]["value"]
 
@@ -206,7 +206,7 @@ def test_offered_labels_hold_the_right_one_and_none_like_it(name: str, quadrant:
     assert len(set(offered)) == len(offered)
     assert rules.num_offered[0] <= len(offered) <= rules.num_offered[1]
     assert set(offered) & set(QUADRANTS[quadrant]) == {QUADRANTS[quadrant][0]}
-    assert set(offered) <= set(taxonomy_labels("mikels"))
+    assert set(offered) <= set(TAXONOMIES["mikels"].words)
 
 
 def test_the_right_label_is_anywhere_in_the_list() -> None:
@@ -284,12 +284,12 @@ def test_the_real_photographs() -> None:
 def test_the_command_stores_every_photograph_with_the_rule_beside_it(jobs: Jobs) -> None:
     first = jobs.run("ingest", "oasis", "--name", "oasis-rule", "--json", TINYEMO_MIRROR=str(MIRROR)).document
     with jobs.connected():
-        manifest = load_manifest("s3://tinyemo/datasets/oasis-rule", InstructManifest)
+        manifest = load_manifest("s3://tinyemo/datasets/oasis-rule", "instruct")
     assert manifest.uri == first["uri"]
     assert manifest.rows_in == manifest.rows_kept + manifest.rejected.rows == 1755
     assert all(reason.startswith("duplicate_") for reason in manifest.rejected.reasons)
     assert set(manifest.splits) == {"train", "validation", "test"}
-    assert (manifest.taxonomy, manifest.data) == ("mikels", "real")
+    assert (manifest.taxonomy.name, manifest.data) == ("mikels", "real")
     assert manifest.source["asset"] == "oasis"
     for key, value in describe_rules(RULES).items():
         assert manifest.rules[key] == json.loads(json.dumps(value))

@@ -141,3 +141,15 @@ def test_the_digest_ignores_where_and_follows_what() -> None:
     )
     other = parse_recipe({"name": "x", "train": {"seed": 1}}, source="x")
     assert recipe.digest() == elsewhere.digest() == patient.digest() != other.digest()
+
+
+def test_labels_of_ones_own_come_back_from_toml(tmp_path: Path) -> None:
+    """Words, synonyms and maps of a taxonomy file stand in the recipe itself, so that no run needs the file again."""
+    (tmp_path / "mood.toml").write_text('words = ["calm", "tense"]\nsynonyms = { calm = ["at ease"] }\n')
+    recipe = parse_recipe({"name": "x", "labels": {"taxonomy": str(tmp_path / "mood.toml")}}, source="test")
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe))
+    (tmp_path / "mood.toml").unlink()
+    assert load_recipe(path) == recipe
+    assert recipe.labels.taxonomy is not None
+    assert recipe.labels.taxonomy.synonyms == {"calm": ("at ease",)}

@@ -39,9 +39,9 @@ from orchestration.streaming.feature_stream import Batch
 from orchestration.training.loop import build_projector, objective_of, take_step
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import known_words
-from tinyemo.taxonomies import taxonomy_labels
+from tinyemo.taxonomies import TAXONOMIES
 
-WORDS = taxonomy_labels("ekman")
+WORDS = TAXONOMIES["ekman"].words
 NUM_STEPS = 12
 
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestration.data.dataset import carve_validation
 from orchestration.datasets.ingest import ingest_features
-from orchestration.datasets.split import carve_validation
 from orchestration.recipe import parse_recipe
 from orchestration.services import storage
 from orchestration.streaming.feature_stream import Batch, StreamPlan, open_stream
@@ -21,7 +21,7 @@ from tinyemo.errors import ConfigError, DataError, TrainingError
 from tinyemo.taxonomies import TAXONOMIES
 
 WIDTH = 512
-EKMAN = TAXONOMIES["ekman"]
+EKMAN = TAXONOMIES["ekman"].words
 
 
 def write_split(path: Path, num_rows: int, seed: int) -> None:
@@ -168,7 +168,7 @@ def test_a_corrupt_shard_is_one_clear_line(dataset: str) -> None:
 
 
 def test_validation_is_stratified_and_folds_never_overlap(dataset: str) -> None:
-    rows = preparation(dataset).splits["train"]
+    rows = preparation(dataset).selection.whole
     folds = [carve_validation(rows, fraction=0.2, fold=k) for k in range(5)]
     hashes = [set(fold.id_hash.tolist()) for _, fold in folds]
     assert sum(len(h) for h in hashes) == len(set().union(*hashes)) == len(rows)
@@ -183,4 +183,4 @@ def test_what_the_recipe_and_the_data_disagree_on_comes_at_once(dataset: str) ->
     with pytest.raises(ConfigError) as caught:
         prepare(parse_recipe(content, source="test"))
     assert "projector.encoder_width: 768" in str(caught.value)
-    assert "train.global_batch_size: 256 is more than the 230 train rows" in str(caught.value)
+    assert "train.global_batch_size: 256 is more than the 206 train rows" in str(caught.value)

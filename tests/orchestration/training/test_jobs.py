@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from job_runner import RUNS, Jobs, Outcome
 
-from orchestration.datasets.manifest import FeatureManifest, read_file
+from orchestration.data.manifest import Manifest, read_file
 from orchestration.recipe import load_recipe
 from orchestration.services import storage, tracking
 from tinyemo.projector import MetricProjector
@@ -69,12 +69,12 @@ def undisturbed(jobs: Jobs) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def manifest(jobs: Jobs) -> FeatureManifest:
+def manifest(jobs: Jobs) -> Manifest:
     return jobs.manifest("emotion6")
 
 
 @pytest.fixture(scope="module")
-def test_parquet(jobs: Jobs, manifest: FeatureManifest) -> Path:
+def test_parquet(jobs: Jobs, manifest: Manifest) -> Path:
     """The test split as a user's own Parquet file."""
     with jobs.connected():
         parts = [pq.read_table(pa.BufferReader(read_file(manifest, s))) for s in manifest.shards if s.split == "test"]
@@ -125,11 +125,11 @@ def disturbed(jobs: Jobs) -> DisturbedRun:
     return DisturbedRun(terminated, interrupted, finished, statuses, stopped_at, killed_at)
 
 
-def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: FeatureManifest) -> None:
+def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: Manifest) -> None:
     result = undisturbed.result
     assert result["data"] == manifest.data
     assert result["num_test"] == manifest.splits["test"].rows
-    assert result["words"] == list(TAXONOMIES["ekman"])
+    assert result["words"] == list(TAXONOMIES["ekman"].words)
     true_counts = [sum(row) for row in result["test_confusion"]]
     assert true_counts == [manifest.splits["test"].labels[word] for word in result["words"]]
     correct = sum(row[i] for i, row in enumerate(result["test_confusion"]))
@@ -140,7 +140,7 @@ def test_every_test_row_is_counted_once(undisturbed: FinishedRun, manifest: Feat
 
 
 def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(
-    jobs: Jobs, undisturbed: FinishedRun, manifest: FeatureManifest
+    jobs: Jobs, undisturbed: FinishedRun, manifest: Manifest
 ) -> None:
     result = undisturbed.result
     num_train = manifest.splits["train"].rows
@@ -156,9 +156,7 @@ def test_refit_trains_on_validation_too_for_the_best_number_of_epochs(
     assert len(jobs.curve("undisturbed", "refit")) == num_train * result["best_epoch"] // 32
 
 
-def test_mlflow_shows_the_whole_run(
-    jobs: Jobs, undisturbed: FinishedRun, manifest: FeatureManifest, tmp_path: Path
-) -> None:
+def test_mlflow_shows_the_whole_run(jobs: Jobs, undisturbed: FinishedRun, manifest: Manifest, tmp_path: Path) -> None:
     (run,) = jobs.mlflow_runs("undisturbed")
     assert run.info.status == "FINISHED"
     assert run.info.run_id == undisturbed.result["run_id"]

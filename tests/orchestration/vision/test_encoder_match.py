@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from vision_files import CLIP_WIDTH, EKMAN, OTHER
 
 from orchestration.cli import app
+from orchestration.data.manifest import load_manifest
 from orchestration.datasets.ingest import ingest_features
-from orchestration.datasets.manifest import FeatureManifest, load_manifest
 from orchestration.recipe import parse_recipe
 from orchestration.training.prepare import prepare
 from tinyemo.config import ProjectorConfig
@@ -33,7 +33,7 @@ def test_ingested_features_keep_the_encoder_that_their_files_name(s3_root: str, 
     marked = {split: table.replace_schema_metadata(parquet_metadata(OTHER)) for split, table in plain.items()}
     report = ingest_features(write_splits(tmp_path / "marked", **marked), name="x", root=s3_root)
     assert report.is_unchanged  # the same rows
-    assert report.manifest.encoder == load_manifest(f"{s3_root}/x", FeatureManifest).encoder == OTHER
+    assert report.manifest.encoder == load_manifest(f"{s3_root}/x", "features").encoder == OTHER
     second = OTHER.model_copy(update={"name": "second"})
     mixed = {**marked, "test": plain["test"].replace_schema_metadata(parquet_metadata(second))}
     with pytest.raises(DataError, match="holds features of 2 encoders"):

@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.datasets.validation import held_out_rank
+from orchestration.data.manifest import held_out_rank
 from orchestration.vision.image_plan import ImageReason, Part, plan_images
 
 

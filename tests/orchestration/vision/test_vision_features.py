@@ -19,8 +19,7 @@ from job_runner import Jobs
 from record_files import drawn_picture, write_records
 from vision_files import CLIP_WIDTH, EKMAN, photograph, photographed, read_table, with_image
 
-from orchestration.datasets.manifest import (
-    FeatureManifest,
+from orchestration.data.manifest import (
     id_hash,
     load_manifest,
     read_file,
@@ -103,7 +102,7 @@ def test_the_result_is_a_feature_data_set_with_patches(cluster: str, s3_root: st
         advance=lambda *step: seen.append(step),
     )  # fmt: skip
     manifest = report.manifest
-    assert manifest == load_manifest(f"{s3_root}/tiny", FeatureManifest)
+    assert manifest == load_manifest(f"{s3_root}/tiny", "features")
     assert (report.num_parts, report.num_resumed, report.num_actors, report.is_unchanged) == (5, 0, 2, False)
     assert seen[-1] == ("encode", 23, 23)
     assert manifest.encoder is not None
@@ -121,7 +120,7 @@ def test_the_result_is_a_feature_data_set_with_patches(cluster: str, s3_root: st
     for line in index:
         table = stored[line["shard"]]
         assert id_hash(table["id"][line["row"]].as_py()) == line["id_hash"]
-        assert table["label_id"][line["row"]].as_py() == line["label_id"]
+        assert table["label"][line["row"]].as_py() == line["label"]
     assert len(index) == sum(table.num_rows for table in stored) == manifest.splits["train"].rows
     rejected = pq.read_table(io.BytesIO(read_file(manifest, manifest.rejected))).to_pylist()
     assert {row["id"] for row in rejected} == {hashlib.sha256(photograph(n)).hexdigest() for n in (4, 9, 14, 19)}
@@ -187,7 +186,7 @@ def test_a_killed_run_goes_on_where_it_was(
 
     choice = choose_encoder(str(untrained_efficientnet))
     whole = make_features(source.uri, choice, name="whole", root=s3_root, images_per_part=4, pool=ONE).manifest
-    resumed = load_manifest(f"{s3_root}/killed", FeatureManifest)
+    resumed = load_manifest(f"{s3_root}/killed", "features")
     assert [file.sha256 for file in resumed.files()] == [file.sha256 for file in whole.files()]
     assert verify_manifest(resumed) == verify_manifest(whole)
 
