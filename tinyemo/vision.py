@@ -27,13 +27,16 @@ from torch import Tensor, nn
 
 from tinyemo.efficientnet import EfficientNetLite0
 from tinyemo.encoder_folders import describe_encoder, first_line
-from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderSpec
+from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderSpec, Preprocessing
 from tinyemo.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Images per forward pass that `VisionEncoder.measure_batch_size` tries."""
+MIN_MEASURED = 16
+"""Fewer images than these are not worth a measurement: they are encoded in batches of FEW_IMAGES_BATCH."""
+FEW_IMAGES_BATCH = 2
 MAX_BATCH_SECONDS = 0.5
 """No larger batch is tried after one that took as long."""
 
@@ -58,7 +61,7 @@ class VisionEncoder:
         spec: description of the encoder.
         network: of the kind that `spec` names; it is changed in place where that makes inference faster.
         device: device that encodes.
-        batch_size: images per forward pass; None measures which number is fastest on the device, at the first use.
+        batch_size: images per forward pass; None measures which number is fastest on the device, once there are many.
     """
 
     def __init__(
@@ -71,14 +74,13 @@ class VisionEncoder:
         if isinstance(network, EfficientNetLite0):
             network.fuse()
         self._network.to(device)
-        self._mean = torch.tensor(spec.preprocessing.mean, device=device)
-        self._std = torch.tensor(spec.preprocessing.std, device=device)
 
     def encode(self, pixels: Tensor) -> Features:
         """Return the features, on the CPU, of (N, S, S, 3) uint8 pixels from `read_pixels`, for any N > 0."""
-        if self.batch_size is None:
+        if self.batch_size is None and len(pixels) >= MIN_MEASURED:
             self.batch_size = self.measure_batch_size()
-        batches = [self._encode_batch(batch) for batch in pixels.split(self.batch_size)]  # type: ignore[no-untyped-call]
+        size = self.batch_size or FEW_IMAGES_BATCH
+        batches = [self._encode_batch(batch) for batch in pixels.split(size)]  # type: ignore[no-untyped-call]
         return Features(
             torch.cat([batch.pooled.float().cpu() for batch in batches]),
             torch.cat([batch.patches.float().cpu() for batch in batches]),
@@ -116,10 +118,17 @@ class VisionEncoder:
 
     @torch.inference_mode()
     def _encode_batch(self, pixels: Tensor) -> Features:
-        scaled = (pixels.to(self.device, torch.float32) / 255 - self._mean) / self._std
-        values = scaled.permute(0, 3, 1, 2)  # this view is channels last
-        is_last = self.spec.kind == EFFICIENTNET_LITE0
-        return run_network(self.spec.kind, self._network, values if is_last else values.contiguous())
+        values = normalise(pixels.to(self.device), self.spec.preprocessing)
+        # They are channels last, as a fused EfficientNet takes them.
+        is_fused = self.spec.kind == EFFICIENTNET_LITE0
+        return run_network(self.spec.kind, self._network, values if is_fused else values.contiguous())
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return (B, 3, S, S) float32 normalised pixels, a view that is channels last, of (B, S, S, 3) uint8 ones."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device)
+    std = torch.tensor(preprocessing.std, device=pixels.device)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def run_network(kind: str, network: nn.Module, values: Tensor) -> Features:

@@ -1,46 +1,46 @@
-"""`tinyemo explain`: the label that a projector chooses for images, and a language model's reasons for it.
-
-Single images in local files need no platform; a folder or an S3 prefix is explained by actors on Ray Data.
-"""
+"""`tinyemo explain`: labels that a projector chooses for images, and a language model's reasons for them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import JsonOption
-from tinyemo.errors import ConfigError, DataError
+from orchestration.cli.use import NUM_SCORES_SHOWN, ActorsOption, OutputOption, show_problems
+from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestration.reasoning.explain import Explanation
+    from orchestration.use.bulk import Row
     from tinyemo.projector import MetricProjector
-
-NUM_SCORES_SHOWN = 3
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, s3:// objects or s3:// prefixes.")
 ]
 ModelOption = Annotated[
-    str, typer.Option(help="Exported folder, s3://bucket/folder, runs:/RUN/model, or the name of a run.")
+    str, typer.Option(help="Folder, s3://..., models:/NAME@ALIAS, runs:/RUN/model, or the name of a run.")
 ]
 LabelsOption = Annotated[
     str | None,
-    typer.Option(help="ekman, mikels, parrott, or words by commas.  [default: the projector's taxonomy]"),
+    typer.Option(
+        help="ekman, mikels, parrott, a TOML or JSON file, or words by commas.  [default: the projector's taxonomy]"
+    ),
 ]
 ProjectorOption = Annotated[
     str | None,
-    typer.Option(help="Folder, s3://..., models:/NAME@champion or runs:/RUN/projector of the tower's features."),
+    typer.Option(help="Projector of the tower's features, named like --model; it chooses the labels."),
 ]
-LabelOption = Annotated[str | None, typer.Option(help="State this label in place of a projector's.")]
+LabelOption = Annotated[str | None, typer.Option(help="State this label in place of a projector's choice.")]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(help="Images explained together.  [default: 16 on a CPU, 64 on a GPU]", min=1)
+]
 
 
 def explain(
@@ -50,14 +50,20 @@ def explain(
     projector: ProjectorOption = None,
     label: LabelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an explanation at most.", min=1)] = 128,
-    num_actors: Annotated[int, typer.Option("--actors", help="Actors that explain folders and prefixes.", min=1)] = 1,
+    batch_size: BatchSizeOption = None,
+    num_actors: ActorsOption = None,
+    output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print label, scores and reasoning of images.
+    """Print label, scores and reasons for images, or write them for a whole folder or S3 prefix.
+
+    With --output, a command that was stopped goes on where it was when it is given again.
 
     Example: tinyemo explain photo.jpg --model reasoning-offline --projector runs:/RUN/projector --labels mikels
     """
     from cluster.environment import load_platform_environment
+    from orchestration.use import bulk
+    from orchestration.use.locations import digest_of_export, fetch_export, find_export, find_images
 
     load_platform_environment()
     if (projector is None) == (label is None):
@@ -65,114 +71,58 @@ def explain(
             "--projector or --label, one of them: a projector chooses the label that the prompt states "
             "(`tinyemo features`, then `tinyemo train`), --label states yours"
         )
-    places, is_batch = _find_images(images)
-    with _opened(model, projector) as (folder, chosen), redirect_stdout(sys.stderr):
-        words = _words(labels, chosen, label)
-        if is_batch:
-            from orchestration.reasoning.explain_pool import explain_many
+    bulk.check_output(output)
+    found, is_many = find_images(images)
+    place = find_export(model, "model")
+    with progress() as advance, redirect_stdout(sys.stderr):
+        from tinyemo.projector import MetricProjector
 
-            found = explain_many(folder, chosen, places, words, label, max_new_tokens, num_actors)
-        else:
-            from orchestration.reasoning.explain import Explainer, read_image
+        chooser = None if projector is None else MetricProjector.from_pretrained(fetch_export(projector, "projector"))
+        words = _words(labels, chooser, label)
+        from orchestration.use.explain import CPU_BATCH_SIZE, ExplainWorker
 
-            explainer = Explainer(folder, chosen)
-            for caution in explainer.cautions():
-                typer.echo(caution, err=True)
-            found = [
-                explainer.explain(read_image(place), words, source=place, label=label, max_new_tokens=max_new_tokens)
-                for place in places
-            ]
+        chosen_by = label or find_export(str(projector), "projector")
+        content = [digest_of_export(place), chosen_by if label else digest_of_export(chosen_by), words, max_new_tokens]
+        job = bulk.Job(
+            build=partial(ExplainWorker, place, chooser, words, label, max_new_tokens, batch_size),
+            settings=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12],
+            chunk_size=4 * (batch_size or CPU_BATCH_SIZE),
+            output=output,
+            num_actors=num_actors,
+        )
+        result = bulk.run(job, found, on_cluster=is_many and bulk.has_cluster(found), progress=advance)
+    show_problems(result, "explained")
     if as_json:
-        typer.echo(json.dumps({"model": model, "words": list(words), "images": [asdict(item) for item in found]}))
-        return
-    _show(found)
-
-
-def _find_images(images: Sequence[str]) -> tuple[list[str], bool]:
-    """Every image, and whether any came out of a folder or a prefix.
-
-    Raises:
-        DataError: nothing is there.
-    """
-    from orchestration.services.storage import list_prefix
-
-    places: list[str] = []
-    is_batch = False
-    for image in images:
-        if image.startswith("s3://"):
-            inside = [uri for uri in list_prefix(image) if Path(uri).suffix.lower() in IMAGE_SUFFIXES]
-        elif Path(image).is_dir():
-            inside = sorted(str(path) for path in Path(image).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise DataError(f"{image} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        else:
-            inside = []
-        is_batch |= bool(inside)
-        places += inside or [image]
-    return places, is_batch
-
-
-@contextmanager
-def _opened(model: str, projector: str | None) -> Iterator[tuple[Path, MetricProjector | None]]:
-    """The model's folder on this machine, and the projector."""
-    from contextlib import ExitStack
-
-    from orchestration.cli.use import open_projector
-
-    with ExitStack() as stack:
-        folder = stack.enter_context(_model_folder(model))
-        yield folder, stack.enter_context(open_projector(projector)) if projector is not None else None
-
-
-@contextmanager
-def _model_folder(location: str) -> Iterator[Path]:
-    """A local folder with the model; what S3 or MLflow hold is fetched for the length of the block."""
-    from orchestration.services.storage import download_folder
-
-    if Path(location).is_dir():
-        yield Path(location)
-        return
-    if location.startswith(("runs:/", "models:/", "mlflow-artifacts:/")):
-        from orchestration.services.tracking import download_artifacts
-
-        yield download_artifacts(location)
-        return
-    if not location.startswith("s3://"):
-        from orchestration.recipe import CheckpointConfig
-
-        if "/" in location:
-            raise DataError(f"{location} is no folder: give an exported model, s3://..., or the name of a run")
-        location = f"{CheckpointConfig().root}/{location}/model"
-    with tempfile.TemporaryDirectory(prefix="tinyemo-") as name:
-        download_folder(location, Path(name))
-        yield Path(name)
+        typer.echo(json.dumps({"model": model, "words": list(words), "images": result.rows}))
+    elif output is None:
+        _show([row for row in result.rows if row["problem"] is None])
 
 
 def _words(labels: str | None, projector: MetricProjector | None, label: str | None) -> tuple[str, ...]:
-    """The words that the prompt offers.
+    """Return the words that the prompt offers.
 
     Raises:
         ConfigError: none are named, and neither does the projector's card or the label itself.
     """
-    from orchestration.cli.use import choose_words
-    from tinyemo.taxonomies import TAXONOMIES, canonical_word
+    from orchestration.use.predict import choose_words
+    from tinyemo.taxonomies import TAXONOMIES, canonical_word, find_taxonomy
 
-    is_taxonomy = labels in TAXONOMIES
+    is_taxonomy = labels in TAXONOMIES or Path(labels or "").suffix in (".toml", ".json")
     if projector is not None:
         return choose_words(projector, labels if is_taxonomy else None, None if is_taxonomy else labels)
     if labels is not None:
-        return TAXONOMIES[labels].words if is_taxonomy else tuple(canonical_word(word) for word in labels.split(","))
+        return find_taxonomy(labels).words if is_taxonomy else tuple(map(canonical_word, labels.split(",")))
     assert label is not None
     found = [taxonomy.words for taxonomy in TAXONOMIES.values() if canonical_word(label) in taxonomy.words]
     if not found:
-        raise ConfigError(f"--label {label!r} is in no taxonomy that we know: name the words with --labels")
+        raise ConfigError(f"--label {label!r} is in no taxonomy that is built in: name the words with --labels")
     return min(found, key=len)
 
 
-def _show(found: Sequence[Explanation]) -> None:
-    for item in found:
-        best = list(item.scores.items())[:NUM_SCORES_SHOWN]
+def _show(rows: list[Row]) -> None:
+    for row in rows:
+        best = list(row["scores"].items())[:NUM_SCORES_SHOWN]
         scores = "  ".join(f"{word} {score:.3f}" for word, score in best) or "given"
-        typer.echo(f"{item.image}\n  label      {item.label} ({scores})\n  reasoning  {item.reasoning}")
-        if item.predicted_label is None:
+        typer.echo(f"{row['image']}\n  label      {row['label']} ({scores})\n  reasoning  {row['reasoning']}")
+        if row["predicted_label"] is None:
             typer.echo("  the text is not in the trained form (Reasoning: ... Predicted Label: ...)")

@@ -1,37 +1,42 @@
-"""`tinyemo evaluate` and `tinyemo predict`: a trained projector on a Parquet file of features, or on a data set in S3.
+"""`tinyemo evaluate` and `tinyemo predict`: a trained projector on features or images.
 
-Neither imports ray or deepspeed, and a projector in a local folder needs no platform. Heavy imports stand in functions.
+Neither imports ray or deepspeed before there is work for a cluster, and a projector in a local folder needs no
+platform. Heavy imports stand in functions.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import JsonOption
 from tinyemo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from orchestration.use.bulk import Result, Row
     from tinyemo.classification import ZeroShotScores
     from tinyemo.features import FeatureTable
-    from tinyemo.label_embeddings import LabelEmbeddings
     from tinyemo.metrics import Scores
     from tinyemo.projector import MetricProjector
 
 NUM_ROWS_SHOWN = 20
 NUM_SCORES_SHOWN = 3
+NUM_PROBLEMS_SHOWN = 10
 
 ProjectorOption = Annotated[
-    str, typer.Option(help="Folder, s3://bucket/folder, models:/NAME@champion or runs:/RUN/folder.", show_default=False)
+    str,
+    typer.Option(
+        help="Folder, s3://..., models:/NAME@champion, runs:/RUN/projector, or the name of a run.", show_default=False
+    ),
 ]
 FeaturesOption = Annotated[
     str,
@@ -42,9 +47,24 @@ FeaturesOption = Annotated[
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a data set in S3.  [default: test]")]
 TaxonomyOption = Annotated[
-    str | None, typer.Option(help="ekman, mikels or parrott; default: the one it was trained on.")
+    str | None, typer.Option(help="ekman, mikels, parrott, or a TOML or JSON file.  [default: its own]")
 ]
 WordsOption = Annotated[str | None, typer.Option(help="Any words instead, separated by commas: joy,awe,boredom.")]
+ImagesOption = Annotated[
+    list[str] | None, typer.Option(metavar="FILE|FOLDER|S3_URI", help="Photographs; more may follow as arguments.")
+]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(help="Where the projector's encoder is, if its card does not say: a folder, or owner/name."),
+]
+RevisionOption = Annotated[str | None, typer.Option(metavar="COMMIT", help="Commit of --encoder owner/name.")]
+OutputOption = Annotated[
+    Path | None, typer.Option(help="Write every row to this .parquet or .jsonl file; rows that it has are kept.")
+]
+ActorsOption = Annotated[
+    int | None,
+    typer.Option("--actors", help="Actors for a folder or prefix.  [default: all that fit]", min=1),
+]
 LeaveOutOption = Annotated[
     str | None,
     typer.Option(help="Labels left out of training, by commas, or `card`: report zero-shot accuracy on them."),
@@ -64,17 +84,17 @@ def evaluate(
 
     Example: tinyemo evaluate --projector ./projector --features test.parquet --json
     """
+    from orchestration.use.predict import choose_words
     from tinyemo.classification import evaluate_left_out, evaluate_projector
 
-    with open_projector(projector) as model:
-        chosen = choose_words(model, taxonomy, words)
-        table = _read_features(model, features, split)
-        if leave_out is not None:
-            left_out = _left_out_words(model, leave_out)
-            zero_shot = evaluate_left_out(model, table, chosen, left_out)
-            _show_left_out(zero_shot, {"projector": projector, "features": features, **_provenance(model)}, as_json)
-            return
-        scores = evaluate_projector(model, table, chosen)
+    model = _open_projector(projector)
+    chosen = choose_words(model, taxonomy, words)
+    table = _read_features(model, features, split)
+    if leave_out is not None:
+        zero_shot = evaluate_left_out(model, table, chosen, _left_out_words(model, leave_out))
+        _show_left_out(zero_shot, {"projector": projector, "features": features, **_provenance(model)}, as_json)
+        return
+    scores = evaluate_projector(model, table, chosen)
     document = {**asdict(scores), "words": list(scores.per_class_recall), **_provenance(model)}
     if as_json:
         typer.echo(json.dumps({"projector": projector, "features": features, **document}))
@@ -83,10 +103,10 @@ def evaluate(
 
 
 def _left_out_words(model: MetricProjector, leave_out: str) -> list[str]:
-    """The labels of `--leave-out`; a caution where the projector was trained on one of them.
+    """Return the labels of `--leave-out`, and print a caution where the projector was trained on one of them.
 
     Raises:
-        ConfigError: it says `card` and the card names none.
+        ConfigError: the option is `card` and the card names none.
     """
     trained_without = [word for word in str(model.card.get("leave_out", "")).split(",") if word]
     if leave_out != "card":
@@ -118,70 +138,114 @@ def _show_left_out(scores: ZeroShotScores, document: dict[str, Any], as_json: bo
 
 def predict(
     projector: ProjectorOption,
-    features: FeaturesOption,
+    more_images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Photographs, like --images.", show_default=False)
+    ] = None,
+    images: ImagesOption = None,
+    features: Annotated[str | None, typer.Option(help="Features in place of images; see `tinyemo evaluate`.")] = None,
     split: SplitOption = None,
     taxonomy: TaxonomyOption = None,
     words: WordsOption = None,
-    order_by_score: Annotated[
-        bool, typer.Option("--order-by-score", help="Surest rows first; default: as in the file.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write every row to this .parquet or .jsonl file.")] = None,
+    encoder: EncoderOption = None,
+    revision: RevisionOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per forward pass.  [default: measured on the device]", min=1)
+    ] = None,
+    num_actors: ActorsOption = None,
+    order_by_score: Annotated[bool, typer.Option("--order-by-score", help="Print the surest rows first.")] = False,
+    output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the nearest word of each row, and the cosine of every word, highest first.
+    """Print the nearest word of each image, and the cosine of every word, highest first.
 
-    Example: tinyemo predict --projector ./projector --features new.parquet --words "joy,awe,boredom" --json
+    Images are encoded by the encoder whose features the projector was trained on. A folder or an S3 prefix goes through
+    the Ray cluster where there is one; with --output, a command that was stopped goes on when it is given again.
+
+    Example: tinyemo predict --projector ./projector --images photos/ --words "joy,awe,boredom" --json
     """
-    from tinyemo.classification import predict_labels
+    from orchestration.use import bulk
 
-    if out is not None and out.suffix not in (".parquet", ".jsonl"):
-        raise ConfigError(f"--out must end in .parquet or .jsonl, got {out.name!r}")
-    with open_projector(projector) as model:
-        chosen = choose_words(model, taxonomy, words)
+    bulk.check_output(output)
+    locations = [*(images or []), *(more_images or [])]
+    if bool(locations) == (features is not None):
+        raise ConfigError("--images or --features, one of them: photographs, or features that an encoder made of them")
+    if features is not None and encoder is not None:
+        raise ConfigError("--encoder goes with --images: features name their own encoder")
+    if locations and split is not None:
+        raise ConfigError("--split goes with --features")
+    from orchestration.use.predict import choose_words
+
+    model = _open_projector(projector)
+    chosen = choose_words(model, taxonomy, words)
+    document: dict[str, Any] = {"words": list(chosen), **_provenance(model)}
+    if features is not None:
+        from tinyemo.classification import predict_labels
+
         rows = predict_labels(model, _read_features(model, features, split), chosen)
+        if output is not None:
+            bulk.write_rows(output, rows, document)
+        shown: dict[str, Any] = {"features": features}
+    else:
+        result = _predict_images(model, chosen, locations, encoder, revision, output, num_actors, batch_size)
+        rows = result.rows if as_json else [row for row in result.rows if row["problem"] is None]
+        shown = {"images": len(result.rows), "unreadable": len(result.problems), "resumed": result.num_resumed}
     if order_by_score:
-        rows.sort(key=lambda row: -row["scores"][row["label"]])
-    document = {"words": list(chosen), **_provenance(model)}
-    if out is not None:
-        _write_rows(out, rows, document)
+        rows.sort(key=lambda row: -row["scores"][row["label"]] if "scores" in row else 2.0)
     if as_json:
-        typer.echo(json.dumps({"projector": projector, "features": features, **document, "rows": rows}))
+        typer.echo(json.dumps({"projector": projector, **shown, **document, "rows": rows}))
         return
     _show([_prediction_table(rows)], _cautions(document))
 
 
-@contextmanager
-def open_projector(location: str) -> Iterator[MetricProjector]:
-    """The projector at a local folder or a URI.
-
-    Raises:
-        TinyEmoError: nothing is there, a service does not answer, or what is there is no projector.
-    """
-    from tinyemo.projector import MetricProjector
-
-    if ":/" not in location:
-        yield MetricProjector.from_pretrained(Path(location))
-        return
+def _predict_images(
+    model: MetricProjector,
+    words: tuple[str, ...],
+    locations: list[str],
+    encoder: str | None,
+    revision: str | None,
+    output: Path | None,
+    num_actors: int | None,
+    batch_size: int | None,
+) -> Result:
     from cluster.environment import load_platform_environment
+    from orchestration.use import bulk
+    from orchestration.use.locations import find_images
+    from orchestration.use.predict import choose_own_encoder, prediction_job
 
     load_platform_environment()
-    if location.startswith("s3://"):
-        from orchestration.services.storage import download_folder
+    found, is_many = find_images(locations)
+    choice, spec = choose_own_encoder(model, encoder, revision)
+    job = prediction_job(model, words, choice, spec, output=output, num_actors=num_actors, batch_size=batch_size)
+    # Ray reports lost workers on stdout, which is for results.
+    with progress() as advance, redirect_stdout(sys.stderr):
+        result = bulk.run(job, found, on_cluster=is_many and bulk.has_cluster(found), progress=advance)
+    show_problems(result, "predicted")
+    return result
 
-        with tempfile.TemporaryDirectory(prefix="tinyemo-") as folder:
-            download_folder(location, Path(folder))
-            yield MetricProjector.from_pretrained(Path(folder))
-        return
-    from orchestration.services.tracking import download_artifacts
 
-    yield MetricProjector.from_pretrained(download_artifacts(location))
+def show_problems(result: Result, done: str) -> None:
+    """Print on stderr which images have no result and why, and counts that add up."""
+    problems = list(result.problems.items())
+    for image, problem in problems[:NUM_PROBLEMS_SHOWN]:
+        typer.echo(f"skipped {image}: {problem}", err=True)
+    if len(problems) > NUM_PROBLEMS_SHOWN:
+        typer.echo(f"... and {len(problems) - NUM_PROBLEMS_SHOWN} more", err=True)
+    if problems or result.num_resumed or len(result.rows) > 1:
+        typer.echo(result.summary(done), err=True)
+
+
+def _open_projector(location: str) -> MetricProjector:
+    from orchestration.use.locations import fetch_export
+    from tinyemo.projector import MetricProjector
+
+    return MetricProjector.from_pretrained(fetch_export(location, "projector"))
 
 
 def _read_features(model: MetricProjector, location: str, split: str | None) -> FeatureTable:
-    """The features at a path or S3 address, which must not be of another encoder than the projector's.
+    """Read the features at a path or S3 address.
 
     Raises:
-        TinyEmoError: they cannot be read, or they are.
+        TinyEmoError: they cannot be read, or another encoder than the projector's made them.
     """
     from tinyemo.encoders import encoder_of_card, find_conflict
     from tinyemo.features import read_features
@@ -205,62 +269,14 @@ def _read_features(model: MetricProjector, location: str, split: str | None) -> 
     return table
 
 
-def choose_words(model: MetricProjector, taxonomy: str | None, words: str | None) -> tuple[str, ...]:
-    """The words to tell apart; those that the projector has no embedding for are embedded and added to it.
-
-    Raises:
-        ConfigError: both options are given, or neither and the projector does not say what it was trained on.
-    """
-    from tinyemo.taxonomies import canonical_word, find_taxonomy
-
-    if taxonomy and words:
-        raise ConfigError("--taxonomy and --words exclude each other: give one of them")
-    if words is None and taxonomy is None and isinstance(model.card.get("labels"), str):
-        words = str(model.card["labels"])
-    if words is not None:
-        chosen = tuple(dict.fromkeys(canonical_word(word) for word in words.split(",") if word.strip()))
-        if not chosen:
-            raise ConfigError(f"--words must name at least one word, got {words!r}")
-    else:
-        choice = taxonomy or model.card.get("taxonomy")
-        if not isinstance(choice, str):
-            raise ConfigError("the projector's card names no taxonomy: choose the labels with --taxonomy or --words")
-        chosen = find_taxonomy(choice).words
-    assert model.labels is not None
-    missing = model.labels.missing(chosen)
-    if missing:
-        model.labels = _embed_more(model, model.labels, missing)
-    return chosen
-
-
-def _embed_more(model: MetricProjector, labels: LabelEmbeddings, missing: Sequence[str]) -> LabelEmbeddings:
-    """`labels` with the missing words, from the table that they came from.
-
-    Raises:
-        TinyEmoError: that table cannot be had, or it is another one.
-    """
-    from orchestration.assets.catalogue import open_embedding_table
-    from tinyemo.families import FAMILY
-    from tinyemo.label_embeddings import embed_labels
-
-    names = (model.card.get("llm"), labels.llm)
-    size = next((size for size in FAMILY.values() if size.name in names or size.llm in names), None)
-    if size is None:
-        raise DataError(
-            f"no embedding for {', '.join(missing)}, and {labels.llm!r} is not in the family: leave these words out"
-        )
-    table = open_embedding_table(size.name, labels.llm_weights, int(model.card.get("llm_seed", 0)))
-    return labels.extended(embed_labels(table, missing, labels.template))
-
-
 def _provenance(model: MetricProjector) -> dict[str, Any]:
-    """What a figure must be read with: the language model, whether its weights are its own, the card."""
+    """Return what must stand beside every figure: the language model, whether its weights are real, and the card."""
     assert model.labels is not None
     return {"llm": model.labels.llm, "llm_weights": model.labels.llm_weights, "card": model.card}
 
 
 def _cautions(document: dict[str, Any]) -> list[str]:
-    """Lines that no table may be shown without."""
+    """Return the lines that must stand above every table."""
     cautions = []
     if document["llm_weights"] == "random":
         cautions.append("RANDOM LABEL EMBEDDINGS: llm_weights = random, the language model's own table was not used.")
@@ -287,16 +303,17 @@ def _recall_table(scores: Scores) -> Table:
     return table
 
 
-def _prediction_table(rows: list[dict[str, Any]]) -> Table:
+def _prediction_table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     shown = rows[:NUM_ROWS_SHOWN]
-    table = Table(title=f"{len(shown)} of {len(rows)} rows; --json prints and --out writes all of them")
-    for column in ("id", "label", "cosines"):
+    table = Table(title=f"{len(shown)} of {len(rows)} rows; --json prints and --output writes all of them")
+    key = "image" if "image" in rows[0] else "id"
+    for column in (key, "label", "cosines"):
         table.add_column(column, overflow="fold")
     for row in shown:
         best = list(row["scores"].items())[:NUM_SCORES_SHOWN]
-        table.add_row(row["id"], row["label"], "  ".join(f"{word} {score:.3f}" for word, score in best))
+        table.add_row(row[key], row["label"], "  ".join(f"{word} {score:.3f}" for word, score in best))
     return table
 
 
@@ -308,23 +325,3 @@ def _show(tables: list[Table], cautions: list[str]) -> None:
         console.print(caution, style="bold red")
     for table in tables:
         console.print(table)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]], document: dict[str, Any]) -> None:
-    """Every row: columns id, label, and words and scores as lists, highest first; the rest as file metadata."""
-    flat = [
-        {"id": row["id"], "label": row["label"], "words": list(row["scores"]), "scores": list(row["scores"].values())}
-        for row in rows
-    ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in flat), encoding="utf-8")
-            return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.Table.from_pylist(flat).replace_schema_metadata({"tinyemo": json.dumps(document)})
-        pq.write_table(table, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error}") from error

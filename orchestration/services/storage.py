@@ -394,16 +394,25 @@ def ensure_bucket(bucket: str) -> None:
 
 
 def list_prefix(uri: str) -> dict[str, int]:
-    """Address -> bytes of every object under the folder `uri`, in the order of the addresses."""
+    """Return the address and the bytes of every object under the folder `uri`, in the order of the addresses."""
+    return {address: int(item["Size"]) for address, item in _list_objects(uri)}
+
+
+def list_etags(uri: str) -> dict[str, str]:
+    """Return the address and the ETag of every object under the folder `uri`; an ETag changes with the content."""
+    return {address: str(item["ETag"]) for address, item in _list_objects(uri)}
+
+
+def _list_objects(uri: str) -> list[tuple[str, Any]]:
     bucket, key = parse_s3_uri(uri)
     prefix = f"{key}/" if key else ""
-    found: dict[str, int] = {}
+    found: list[tuple[str, Any]] = []
     with _typed_errors(uri):
         for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):  # some servers list folders
-                    found[f"s3://{bucket}/{item['Key']}"] = int(item["Size"])
-    return dict(sorted(found.items()))
+            items = page.get("Contents", [])
+            # Some servers list folders.
+            found += [(f"s3://{bucket}/{item['Key']}", item) for item in items if not item["Key"].endswith("/")]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def upload_file(path: Path, uri: str) -> None:

@@ -310,7 +310,7 @@ def test_a_fused_efficientnet_in_small_batches_yields_what_the_plain_one_does(
     batch_size: int | None, random_efficientnet: Path
 ) -> None:
     spec = describe_encoder(random_efficientnet, name=EFFICIENTNET_LITE0)
-    pixels = torch.randint(256, (5, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(256, (17, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     network = load_network(random_efficientnet, spec).eval()
     mean, std = torch.tensor(spec.preprocessing.mean), torch.tensor(spec.preprocessing.std)
     values = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orchestration.instruct.oasis import OasisRules, Photograph, build_records
-from orchestration.reasoning.explain import ANSWER, REQUEST, Explainer, reasoning_question
+from orchestration.use.explain import ANSWER, REQUEST, Explainer, reasoning_question
 from tinyemo.config import ProjectorConfig
 from tinyemo.encoders import EncoderInfo, card_entries
 from tinyemo.errors import ConfigError, DataError
@@ -100,15 +100,34 @@ def test_the_projector_chooses_the_label_that_the_prompt_states(folder: Path, mo
         return generated
 
     monkeypatch.setattr(explainer.model, "generate", watch)
-    said = explainer.explain(picture(), WORDS, source="a.png", max_new_tokens=5)
+    (said,) = explainer.explain({"a.png": picture()}, WORDS, max_new_tokens=5)
     pooled = explainer.model.vision_tower(seen["pixel_values"]).pooled
     cosines = chooser.classify(pooled, WORDS)[0]
     assert said.scores == dict(sorted(zip(WORDS, cosines.tolist(), strict=True), key=lambda pair: -pair[1]))
     assert said.label == WORDS[int(cosines.argmax())]
     ids = [token for token in seen["input_ids"][0].tolist() if token >= 0]
     assert f"The correct label is {said.label}." in explainer.tokenizer.decode(ids)
-    assert explainer.explain(picture(), WORDS, source="a.png", max_new_tokens=5) == said
+    assert explainer.explain({"a.png": picture()}, WORDS, max_new_tokens=5) == [said]
     assert "RANDOM WEIGHTS" in explainer.cautions()[0]
+
+
+def test_a_batch_says_what_each_image_alone_does(folder: Path) -> None:
+    """Prompts of different lengths are padded on the left, and an unreadable image takes nothing from the others."""
+    spec = tiny_config(tower="efficientnet-lite0").encoder_spec
+    explainer = Explainer(folder, projector(spec.info, spec.feature_width))
+    colours = [(200, 30, 90), (10, 200, 30), (0, 0, 0), (255, 255, 255), (20, 20, 240)]
+    images = {f"{number}.png": picture(colour) for number, colour in enumerate(colours)}
+    alone = [explainer.explain({name: data}, WORDS, max_new_tokens=12)[0] for name, data in images.items()]
+    together = explainer.explain({**images, "torn.png": picture()[:50]}, WORDS, max_new_tokens=12)
+    assert together[-1].problem is not None
+    assert "no image that can be read" in together[-1].problem
+    for one, other in zip(alone, together[:-1], strict=True):
+        assert (one.image, one.label, one.text) == (other.image, other.label, other.text)
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+    labels = ["joy", "fear", "sadness"]
+    pixels = torch.zeros(3, 3, 224, 224)
+    texts = explainer._generate(pixels, WORDS, labels, 12)
+    assert texts == [explainer._generate(pixels[:1], WORDS, [label], 12)[0] for label in labels]
 
 
 def test_a_projector_of_another_tower_is_refused(folder: Path) -> None:
@@ -123,8 +142,9 @@ def test_a_projector_of_another_tower_is_refused(folder: Path) -> None:
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     explainer = Explainer(folder)
     with pytest.raises(ConfigError, match="--label"):
-        explainer.explain(picture(), WORDS, source="a.png")
-    with pytest.raises(DataError, match=r"a\.png: .*no image"):
-        explainer.explain(b"no image", WORDS, source="a.png", label="joy")
+        explainer.explain({"a.png": picture()}, WORDS)
+    (torn,) = explainer.explain({"a.png": b"no image"}, WORDS, label="joy")
+    assert torn.problem is not None
+    assert "8 bytes are no image" in torn.problem
     with pytest.raises(DataError, match="no exported reasoning model"):
         Explainer(tmp_path)

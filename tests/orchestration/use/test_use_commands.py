@@ -10,23 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 from orchestration.cli import app
 from orchestration.services import storage
 from tinyemo.config import ProjectorConfig
+from tinyemo.efficientnet import EfficientNetLite0
 from tinyemo.embedding_tables import random_table
+from tinyemo.encoder_folders import describe_encoder
+from tinyemo.encoders import EFFICIENTNET_FILE, card_entries
 from tinyemo.errors import TinyEmoError
 from tinyemo.families import find_size
+from tinyemo.images import read_pixels
 from tinyemo.label_embeddings import embed_labels, known_words
 from tinyemo.projector import MetricProjector
+from tinyemo.vision import load_encoder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 # Runs the command line, then says which of the modules that it must do without were imported.
 PROGRAM = """
 import sys
@@ -178,9 +185,9 @@ def test_predict_takes_another_taxonomy_and_words_never_seen(here: Path):
 
 def test_predict_writes_every_row(here: Path, tmp_path: Path):
     arguments = ("predict", "--projector", here / "projector", "--features", here / "new.parquet")
-    shown = tinyemo(*arguments, "--out", tmp_path / "p.parquet")
+    shown = tinyemo(*arguments, "--output", tmp_path / "p.parquet")
     assert "3 of 3 rows" in shown.stdout
-    tinyemo(*arguments, "--out", tmp_path / "p.jsonl")
+    tinyemo(*arguments, "--output", tmp_path / "p.jsonl")
     table = pq.read_table(tmp_path / "p.parquet")
     assert table["label"].to_pylist() == ["joy", "sadness", "anger"]
     assert json.loads(table.schema.metadata[b"tinyemo"])["llm_weights"] == "random"
@@ -244,9 +251,9 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_2(here: Path):
 
 def test_predict_refuses_an_unknown_kind_of_file(here: Path, tmp_path: Path):
     paths = ["--projector", str(here / "projector"), "--features", str(here / "new.parquet")]
-    result = CliRunner().invoke(app, ["predict", *paths, "--out", str(tmp_path / "p.csv")])
+    result = CliRunner().invoke(app, ["predict", *paths, "--output", str(tmp_path / "p.csv")])
     assert isinstance(result.exception, TinyEmoError)
-    assert str(result.exception) == "--out must end in .parquet or .jsonl, got 'p.csv'"
+    assert str(result.exception) == "--output must end in .parquet or .jsonl, got 'p.csv'"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
@@ -255,3 +262,77 @@ def test_help_has_an_example(command: str):
     assert outcome.code == 0
     assert f"Example: tinyemo {command} --projector" in " ".join(outcome.stdout.split())
     assert outcome.imported == []
+
+
+# Pictures in, labels out
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a projector of EfficientNet-Lite0's features, its encoder, and photos of which two are broken."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "encoder").mkdir()
+    torch.manual_seed(0)
+    torch.save(EfficientNetLite0().state_dict(), folder / "encoder" / EFFICIENTNET_FILE)
+    info = describe_encoder(folder / "encoder", name="my-lite0").info
+    labels = embed_labels(random_table(576, 0, name=find_size("smollm2-135m").llm), known_words(), "word")
+    model = MetricProjector(ProjectorConfig(encoder_width=1280, hidden_size=576)).eval()
+    card = {"llm": "smollm2-135m", "llm_weights": "random", "llm_seed": 0, "taxonomy": "ekman", **card_entries(info)}
+    model.save_pretrained(folder / "projector", labels=labels, card=card)
+    (folder / "photos").mkdir()
+    for number in range(3):
+        generator = np.random.default_rng(number)
+        pixels = generator.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.jpg")
+    (folder / "photos" / "empty.png").write_bytes(b"")
+    (folder / "photos" / "torn.jpg").write_bytes((folder / "photos" / "0.jpg").read_bytes()[:300])
+    return folder
+
+
+def test_predict_takes_photos_and_names_the_broken_ones(pictures: Path, tmp_path: Path):
+    encoder = ("--encoder", pictures / "encoder")
+    arguments = ("predict", "--projector", pictures / "projector", "--images", pictures / "photos", *encoder)
+    outcome = tinyemo(*arguments, "--output", tmp_path / "rows.parquet", "--json")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.imported == []
+    document = outcome.document
+    assert (document["images"], document["unreadable"], document["resumed"]) == (5, 2, 0)
+    rows = {Path(row["image"]).name: row for row in document["rows"]}
+    assert list(rows) == ["0.jpg", "1.jpg", "2.jpg", "empty.png", "torn.jpg"]
+    assert "0 bytes are no image" in rows["empty.png"]["problem"]
+    assert outcome.errors[-1] == "5 images = 3 predicted + 2 unreadable"
+    assert [line.split(":")[0] for line in outcome.errors if line.startswith("skipped")] == [
+        f"skipped {pictures / 'photos' / name}" for name in ("empty.png", "torn.jpg")
+    ]
+    # The label is the one that features of the same photo get.
+    spec = describe_encoder(pictures / "encoder", name="my-lite0")
+    pixels = read_pixels((pictures / "photos" / "1.jpg").read_bytes(), spec.preprocessing)
+    pooled = load_encoder(pictures / "encoder", spec).encode(torch.from_numpy(pixels.copy())[None]).pooled
+    cosines = MetricProjector.from_pretrained(pictures / "projector").classify(pooled, EKMAN)[0].tolist()
+    assert rows["1.jpg"]["scores"] == pytest.approx(dict(zip(EKMAN, cosines, strict=True)), abs=1e-5)
+    assert pq.read_table(tmp_path / "rows.parquet").num_rows == 5
+    again = tinyemo(*arguments, "--output", tmp_path / "rows.parquet", "--json")
+    assert again.document["resumed"] == 3
+    assert again.document["rows"] == document["rows"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["photos/empty.png"], "none of 1 images can be used"),
+        (["photos/none.jpg"], "the file cannot be read"),
+        ([], "--images or --features, one of them"),
+        (["photos/0.jpg", "--split", "test"], "--split goes with --features"),
+        (["photos/0.jpg", "--encoder", "efficientnet-lite0"], "was not trained on features of"),
+        (["photos/0.jpg", "--encoder", ""], "say where they are with --encoder FOLDER"),
+    ],
+)
+def test_photos_that_cannot_be_labelled_are_one_line(pictures: Path, options: list[str], message: str):
+    arguments = [str(pictures / option) if "/" in option else option for option in options]
+    if "--encoder" not in options:
+        arguments += ["--encoder", str(pictures / "encoder")]
+    arguments = [a for a in arguments if a] if "" not in arguments else arguments[:-2]
+    result = CliRunner().invoke(app, ["predict", "--projector", str(pictures / "projector"), *arguments])
+    assert isinstance(result.exception, TinyEmoError), result.output
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)

@@ -1,0 +1,1 @@
+"""Use of trained models: labels and explanations for images, a few or millions."""
