@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import JsonOption
+from orchestration.cli.progress import progress
 from orchestration.cli.use import NUM_SCORES_SHOWN, ActorsOption, OutputOption, show_problems
 from tinyemo.errors import ConfigError
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import progress, show_json, show_label_counts, show_rejected
+from orchestration.cli.ingest_output import show_json, show_label_counts, show_rejected
 from orchestration.cli.options import ForceOption, JsonOption, RootOption, default_root
+from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
     from orchestration.vision.features import FeaturesReport

@@ -9,13 +9,13 @@ import typer
 from cluster.environment import load_platform_environment
 from orchestration.cli.ingest_output import (
     ingest_facts,
-    progress,
     show_json,
     show_label_counts,
     show_rejected,
     show_stored,
 )
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
+from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
     from orchestration.datasets.ingest import IngestReport

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import ingest_facts, progress, show_json, show_rejected, show_stored
+from orchestration.cli.ingest_output import ingest_facts, show_json, show_rejected, show_stored
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
+from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
     from orchestration.instruct.ingest import InstructReport

@@ -10,8 +10,8 @@ import typer
 
 from cluster.environment import load_platform_environment
 from orchestration.cli.ingest_instruct import show_report
-from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
+from orchestration.cli.progress import progress
 
 
 def oasis_command(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli.ingest_output import progress
 from orchestration.cli.options import JsonOption
+from orchestration.cli.progress import progress
 from tinyemo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
