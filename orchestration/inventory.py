@@ -16,6 +16,9 @@ from orchestration.jobs.lease import read_lease
 from orchestration.services import storage, tracking
 from tinyemo.errors import DataError, StorageError, TrainingError
 
+KEEP_LEFTOVERS_S = 86_400.0
+"""An ingest that is at work writes more often than once a day."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -165,6 +168,28 @@ def delete_dataset(dataset: DatasetSummary) -> None:
     if dataset.used_by:
         raise DataError(f"{dataset.name} cannot be deleted: {', '.join(dataset.used_by)} was made from it")
     storage.delete_prefix(dataset.uri)
+
+
+def clean_up(runs_root: str, datasets_root: str) -> int:
+    """Delete what nothing reads any more; return the number of bytes that this freed.
+
+    These are checkpoints that no `latest.json` of a run names, unless its driver is alive, and folders of an ingest
+    that was cut off (`.staging-*`) or refused (`failed-*`), once nothing has changed in them for a day.
+    """
+    doomed: dict[str, int] = {}
+    for name, paths in _by_name(runs_root).items():
+        lease = read_lease(f"{runs_root}/{name}")
+        states = [_read(uri, paths) for uri in paths if uri.endswith("/latest.json")]
+        if (lease is None or not lease.is_alive) and all("checkpoint" in state for state in states):
+            kept = tuple(f"{state['checkpoint']}/" for state in states)
+            doomed |= {u: n for u, n in paths.items() if re.search(r"/attempt-\d+/", u) and not u.startswith(kept)}
+    for paths in _by_name(datasets_root).values():
+        leftovers = {uri: match[0] for uri in paths if (match := re.match(r".*/(\.staging|failed)-[^/]+", uri))}
+        old = {folder for folder in set(leftovers.values()) if storage.newest_age_s(folder) > KEEP_LEFTOVERS_S}
+        doomed |= {uri: paths[uri] for uri, folder in leftovers.items() if folder in old}
+    for uri in doomed:
+        storage.delete(uri)
+    return sum(doomed.values())
 
 
 def _by_name(root: str) -> dict[str, dict[str, int]]:

@@ -69,6 +69,21 @@ def remove_run_command(
     _show_deleted([run.name for run in doomed], as_json)
 
 
+@runs_app.command("clean")
+def clean_runs_command(
+    root: RootOption = None, runs_root: RunsRootOption = RUNS_ROOT, as_json: JsonOption = False
+) -> None:
+    """Delete checkpoints that no run goes on from, and what ingests left behind more than a day ago.
+
+    Example: tinyemo runs clean
+    """
+    load_platform_environment()
+    from orchestration.inventory import clean_up
+
+    num_bytes = clean_up(runs_root, root or default_root())
+    typer.echo(json.dumps({"freed_bytes": num_bytes}) if as_json else f"freed {_size(num_bytes)}")
+
+
 @datasets_app.command("list")
 def list_datasets_command(
     root: RootOption = None, runs_root: RunsRootOption = RUNS_ROOT, as_json: JsonOption = False

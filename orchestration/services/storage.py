@@ -360,6 +360,17 @@ def age_s(uri: str) -> float:
     return float((now - answer["LastModified"]).total_seconds())
 
 
+def newest_age_s(uri: str) -> float:
+    """Return how many seconds ago anything under the folder `uri` was written last, by the S3 server's clock."""
+    bucket, key = parse_s3_uri(uri)
+    ages = []
+    with _typed_errors(uri):
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/"):
+            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+            ages += [(now - item["LastModified"]).total_seconds() for item in page.get("Contents", [])]
+    return min(ages, default=float("inf"))
+
+
 def exists(uri: str) -> bool:
     """Whether the object is there.
 

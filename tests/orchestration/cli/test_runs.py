@@ -162,3 +162,32 @@ def test_data_sets_are_listed_and_deleted_unless_a_run_reads_them(s3_root: str) 
     assert invoke("datasets", "rm", "scratch", *arguments, "--yes").exit_code == 0
     assert storage.list_prefix(f"{root}/scratch") == {}
     assert storage.list_prefix(f"{root}/moods")
+
+
+def test_clean_deletes_what_nothing_reads_and_nothing_else(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, data = f"{s3_root}/runs", f"{s3_root}/data"
+    for name in ("stopped", "alive", "torn"):
+        kept = f"{runs}/{name}/pretrain/attempt-2/checkpoint_1"
+        put_run(runs, name, states={"pretrain": {"checkpoint": kept, "step": 3}})
+        for folder in ("attempt-1/checkpoint_1", "attempt-2/checkpoint_0", "attempt-2/checkpoint_1"):
+            storage.write_bytes(f"{runs}/{name}/pretrain/{folder}/engine", b"12345")
+    put_lease(runs, "alive", Holder.this_process())
+    storage.write_bytes(f"{runs}/torn/pretrain/latest.json", b"{")
+    for folder in ("moods/.staging-0a", "moods/failed-1b", "moods/v1"):
+        storage.write_bytes(f"{data}/{folder}/part", b"123")
+    before = set(storage.list_prefix(s3_root))
+
+    def clean() -> int:
+        arguments = ("--root", data, "--runs-root", runs, "--json")
+        freed: int = json.loads(invoke("runs", "clean", *arguments).stdout)["freed_bytes"]
+        return freed
+
+    assert clean() == 10
+    gone = {
+        f"{runs}/stopped/pretrain/{folder}/engine" for folder in ("attempt-1/checkpoint_1", "attempt-2/checkpoint_0")
+    }
+    assert before - set(storage.list_prefix(s3_root)) == gone
+    monkeypatch.setattr("orchestration.inventory.KEEP_LEFTOVERS_S", -1.0)
+    assert clean() == 6
+    gone |= {f"{data}/moods/{folder}/part" for folder in (".staging-0a", "failed-1b")}
+    assert before - set(storage.list_prefix(s3_root)) == gone
