@@ -1,4 +1,4 @@
-"""What lies in S3: the runs and the data sets under a folder, how far each is, and how to delete one.
+"""Runs and data sets in S3: list them with their state, and delete one.
 
 A run or a data set that something else was made from is never deleted.
 """
@@ -22,54 +22,59 @@ KEEP_LEFTOVERS_S = 86_400.0
 
 @dataclass(frozen=True)
 class RunSummary:
-    """State of one run in S3."""
+    """State of one run in S3.
+
+    Attributes:
+        kind: train, family, tune or stream.
+        state: running, stopped or finished.
+        stage, step: stage and optimizer step of the newest checkpoint; None before the first one.
+        num_steps: optimizer steps of that stage, if its checkpoint says so.
+        heartbeat_age_s: seconds since the driver renewed its lease; None if it left no lease.
+        holder: driver that holds the run; empty if none does.
+        num_bytes: bytes of all files in S3.
+        run_id: MLflow run.
+        data: digest of each data set that it reads, by name.
+        made_from: names of the runs that it needs: the parts of a family or search, and runs whose files its recipe names.
+    """
 
     name: str
     folder: str
     kind: str
-    """train, family, tune or stream."""
     state: str
-    """running, stopped or finished."""
     stage: str | None
-    """Stage of the newest checkpoint; None before the first one."""
     step: int | None
-    """Optimizer step of the newest checkpoint."""
     num_steps: int | None
-    """Optimizer steps of that stage, if its checkpoint says so."""
     heartbeat_age_s: float | None
-    """Seconds since the driver's last sign of life; None if it left none."""
     holder: str
-    """Driver that holds the run; empty if none does."""
     num_bytes: int
-    """Bytes of all files in S3."""
     run_id: str | None
-    """MLflow run."""
     experiment: str
     data: dict[str, str]
-    """Digests of the data sets that it reads, by name."""
     made_from: tuple[str, ...]
-    """Names of the runs that it needs: the parts of a family or search, and runs whose files its recipe names."""
 
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """State of one data set in S3."""
+    """State of one data set in S3.
+
+    Attributes:
+        kind: features, images or instruct; incomplete if no version was finished.
+        version: newest version.
+        rows: records of each split.
+        num_bytes: bytes of all files of all versions in S3.
+        digests: digest of each version.
+        used_by: names of the runs that read any version.
+    """
 
     name: str
     uri: str
     kind: str
-    """features, images or instruct; incomplete if no version was finished."""
     version: str | None
-    """Newest version."""
     num_versions: int
     rows: dict[str, int]
-    """Records of each split."""
     num_bytes: int
-    """Bytes of all files of all versions in S3."""
     digests: tuple[str, ...]
-    """Digests of all versions."""
     used_by: tuple[str, ...]
-    """Names of the runs that read any of its versions."""
 
 
 def list_runs(root: str) -> list[RunSummary]:

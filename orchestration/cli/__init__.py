@@ -1,4 +1,4 @@
-"""The command line: `tinyemo --help`. One file per group of commands; heavy imports wait until a command runs."""
+"""The command line, `tinyemo --help`. Each file has one group of commands and imports heavy packages when one runs."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ app.command()(compare)
 
 
 def main() -> NoReturn:
-    """Run the command line and leave the process; an error of ours is one line on stderr and exit code 2."""
+    """Run the command line and end the process; a TinyEmoError is one line on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("orchestration").setLevel(logging.INFO)
     logging.getLogger("tinyemo").setLevel(logging.INFO)
-    code = 1  # Of a traceback.
-    atexit.register(lambda: _end_process(code))  # The first that is registered is the last that runs.
+    code = 1  # the code of a traceback
+    atexit.register(lambda: _end_process(code))  # handlers run in reverse order, so this one runs last
     try:
         app()
         code = 0
@@ -76,9 +76,9 @@ def main() -> NoReturn:
 
 
 def _leave_cluster(code: int) -> None:
-    """Leave Ray while everything still stands: Arrow closes its S3 client at exit, and Ray's threads may use it.
+    """Disconnect from Ray before exit handlers run: Arrow's closes its S3 client, which Ray's threads may still use.
 
-    A cluster that is gone cannot be left: the process ends with `code` at once.
+    If the cluster is gone, disconnecting would hang, so the process ends with `code` at once.
     """
     if "ray" not in sys.modules:
         return
@@ -92,13 +92,13 @@ def _leave_cluster(code: int) -> None:
 
 
 def _end_process(code: int) -> NoReturn:
-    """End without taking the interpreter apart.
+    """Flush all output and end the process without tearing down the interpreter.
 
-    Arrow's threads may still hold Python objects. Where one lets go of them while the interpreter is taken apart, a
-    command that had done its work dies of SIGABRT or SIGSEGV (apache/arrow#34314; each was seen once here).
+    Arrow's threads may hold Python objects. If one releases them during the teardown, a command that has done its work
+    dies of SIGABRT or SIGSEGV (apache/arrow#34314; each was seen once).
     """
     logging.shutdown()
     for output in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # A reader that has gone, or a stream that is closed.
+        with suppress(OSError, ValueError):  # the reader has gone, or the stream is closed
             output.flush()
     os._exit(code)

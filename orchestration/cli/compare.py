@@ -1,4 +1,4 @@
-"""`tinyemo compare`: two finished runs of the reasoning model on the same held-out records."""
+"""`tinyemo compare`: test two finished reasoning runs against each other on the same held-out records."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from orchestration.cli.options import JsonOption
 
 def compare(
     first: Annotated[str, typer.Argument(metavar="RUN", help="Name of a finished run.")],
-    second: Annotated[str, typer.Argument(metavar="BASELINE", help="Name of the run to measure it against.")],
+    second: Annotated[str, typer.Argument(metavar="BASELINE", help="Name of the run to compare it with.")],
     root: Annotated[str, typer.Option(help="S3 folder of the runs, checkpoint.root of their recipes.")] = (
         "s3://tinyemo/runs"
     ),
     as_json: JsonOption = False,
 ) -> None:
-    """Test whether held-out answers are likelier to one run than to another, record by record.
+    """Test whether one run gives held-out answers a higher likelihood than another, record by record.
 
     Example: tinyemo compare reasoning-offline reasoning-text-only
     """

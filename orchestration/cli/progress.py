@@ -69,7 +69,8 @@ def draw_bars(console: Console) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     text = TextColumn("{task.fields[figures]}")
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn()]
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, *left]
     with Bars(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
         newest: dict[str, dict[str, float]] = {}
