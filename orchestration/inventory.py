@@ -34,7 +34,7 @@ class RunSummary:
         num_bytes: bytes of all files in S3.
         run_id: MLflow run.
         data: digest of each data set that it reads, by name.
-        made_from: names of the runs that it needs: the parts of a family or search, and runs whose files its recipe names.
+        made_from: names of runs that it needs: parts of a family or search, and runs whose files its recipe names.
     """
 
     name: str
@@ -160,6 +160,9 @@ def delete_runs(runs: Iterable[RunSummary]) -> None:
     """Delete runs from MLflow and from S3; `deletable_runs` says which may go."""
     for run in runs:
         if run.run_id:
+            # Stages and trials are child runs in MLflow without a folder of their own.
+            for child in tracking.find_runs(parent_run_id=run.run_id):
+                tracking.delete_run(child.run_id)
             tracking.delete_run(run.run_id)
         storage.delete_prefix(run.folder)
 

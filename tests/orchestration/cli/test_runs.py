@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,14 +20,18 @@ DIGEST = "a" * 64
 
 
 class Mlflow:
-    """Stands in for the two functions that ask MLflow; tests/orchestration/test_tracking.py tests those."""
+    """Stands in for the functions that ask MLflow; tests/orchestration/test_tracking.py tests those."""
 
     def __init__(self) -> None:
         self.deleted: list[str] = []
         self.models: dict[str, list[str]] = {}
+        self.children: dict[str, list[str]] = {}
 
     def delete_run(self, run_id: str) -> None:
         self.deleted.append(run_id)
+
+    def find_runs(self, *, parent_run_id: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(run_id=child) for child in self.children.get(parent_run_id, [])]
 
     def registered_versions(self, run_id: str) -> list[str]:
         return self.models.get(run_id, [])
@@ -35,6 +40,7 @@ class Mlflow:
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     stand_in = Mlflow()
+    monkeypatch.setattr(tracking, "find_runs", stand_in.find_runs)
     monkeypatch.setattr(tracking, "delete_run", stand_in.delete_run)
     monkeypatch.setattr(tracking, "registered_versions", stand_in.registered_versions)
     return stand_in
@@ -100,10 +106,11 @@ def test_an_old_heartbeat_is_that_of_a_dead_driver(s3_root: str, monkeypatch: py
 def test_rm_deletes_s3_and_mlflow_after_asking(s3_root: str, mlflow: Mlflow) -> None:
     put_run(s3_root, "one")
     put_run(s3_root, "one-more")
+    mlflow.children["id-one"] = ["id-pretrain", "id-finetune"]
     result = invoke("runs", "rm", "one", "--runs-root", s3_root, answer="n\n")
     assert (result.exit_code, set(listed(s3_root)), mlflow.deleted) == (1, {"one", "one-more"}, [])
     assert invoke("runs", "rm", "one", "--runs-root", s3_root, answer="y\n").exit_code == 0
-    assert (set(listed(s3_root)), mlflow.deleted) == ({"one-more"}, ["id-one"])
+    assert (set(listed(s3_root)), mlflow.deleted) == ({"one-more"}, ["id-pretrain", "id-finetune", "id-one"])
     deleted = invoke("runs", "rm", "one-more", "--runs-root", s3_root, "--yes", "--json")
     assert json.loads(deleted.stdout) == {"deleted": ["one-more"]}
     assert storage.list_prefix(s3_root) == {}
