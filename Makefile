@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
+TOOLS := $(VENV)-tools
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 # The data folder that lies beside this checkout on our machines; elsewhere assets come from their public sources.
@@ -13,7 +14,7 @@ endif
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: setup demo test smoke test-gpu lint bench down clean
+.PHONY: setup lock audit licences demo test smoke test-gpu lint bench down clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -21,11 +22,14 @@ help: ## Show this list
 
 setup: $(SETUP) ## Create .venv with the tested versions; compile DeepSpeed's CPU collectives once
 
-# torch goes first and alone: a range would let pip fetch gigabytes of CUDA packages.
-$(SETUP): pyproject.toml constraints.txt
+# torch goes first and alone: a range would let pip fetch gigabytes of CUDA packages. It is pinned by its version, not by
+# a hash, because its builds for CPU and CUDA differ. Everything else must have the hash that the lock names.
+$(SETUP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip check
 	@echo "compiling DeepSpeed's CPU collectives (about half a minute)"
 	$(BIN)/python -m orchestration.services.engine
 	touch $(SETUP)
@@ -60,8 +64,28 @@ bench: setup ## Measure everything (hours on 2 cores); writes benchmarks/results
 	tinyemo ingest oasis
 	for name in projector search streaming lm; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+$(TOOLS): Makefile
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1 pip-licenses==5.5.5
+	touch $(TOOLS)
+
+lock: setup $(TOOLS) ## Write requirements.lock anew: the versions of constraints.txt with the hashes of all their files
+	$(TOOLS)/bin/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes --no-header \
+	--no-annotate --no-emit-package torch $(addprefix --find-links ,$(PIP_FIND_LINKS)) --python $(BIN)/python --quiet --output-file requirements.lock
+
+audit: $(TOOLS) ## Look up the locked packages in the database of known vulnerabilities
+	@$(TOOLS)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict --progress-spinner off \
+	>$(TOOLS)/audit.log 2>&1 && cat $(TOOLS)/audit.log || { if grep -q "^Name .*ID" $(TOOLS)/audit.log; \
+	then cat $(TOOLS)/audit.log; echo "##### VULNERABLE PACKAGES: see above #####"; \
+	else echo "##### NOT AUDITED: the database of vulnerabilities cannot be reached from here; see $(TOOLS)/audit.log #####"; fi; exit 1; }
+
+licences: setup $(TOOLS) ## Write docs/licences.md: the licence of every package in the environment
+	{ echo "# Licences of the installed packages"; echo; echo "Written by \`make licences\` from the packages' own metadata."; echo; \
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --from mixed --format markdown --order name \
+	--ignore-packages tinyemo-on-ray | sed 's/^ *//; s/ *|/ |/g; s/-\{4,\}/---/g'; } >docs/licences.md
+
 down: ## End the local platform
 	$(BIN)/tinyemo platform down
 
 clean: ## Remove the environment and the platform's state (end the platform first)
-	rm -rf $(VENV) .tinyemo
+	rm -rf $(VENV) $(TOOLS) .tinyemo

@@ -1,4 +1,4 @@
-"""How commands find the local platform, without ever mixing it with a user's own services.
+"""Variables that lead a command to the local platform, kept apart from those of a user's own services.
 
 Each outside service has a group of variables. Where the user has set one that says which service or whose credentials,
 nothing of that group comes from the local platform: its secrets never travel to a foreign endpoint, nor foreign ones
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VariableGroup:
-    """The variables of one outside service."""
+    """Environment variables of one outside service."""
 
     service: str
     """Name of the platform's service that stands behind them."""
     deciding: tuple[str, ...]
-    """Endpoint and credentials: one foreign value here and the whole group is the user's."""
+    """Endpoint and credentials: with one foreign value here the whole group belongs to the user."""
     passive: tuple[str, ...] = ()
-    """Set where absent, but decide nothing."""
+    """Variables that are set where they are absent and decide nothing."""
 
 
 GROUPS = (
@@ -49,7 +49,16 @@ GROUPS = (
         ),
         passive=("AWS_REGION", "AWS_DEFAULT_REGION", "TINYEMO_BUCKET"),
     ),
-    VariableGroup(service="mlflow", deciding=("MLFLOW_TRACKING_URI",), passive=("MLFLOW_DISABLE_TELEMETRY",)),
+    VariableGroup(
+        service="mlflow",
+        deciding=(
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD",
+            "MLFLOW_TRACKING_TOKEN",
+        ),
+        passive=("MLFLOW_DISABLE_TELEMETRY",),
+    ),
     VariableGroup(
         service="ray",
         deciding=("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"),
@@ -61,8 +70,8 @@ GROUPS = (
 def load_platform_environment(state: Path | None = None) -> None:
     """Set what `os.environ` lacks to reach the local platform, if one is up in the state folder.
 
-    A variable that is set stays as it is; a group in which the user has set an endpoint or a credential stays out as a
-    whole. A service that is not running sets nothing.
+    A variable that is set stays as it is. Where the user has set an endpoint or a credential of a service, none of the
+    platform's variables for that service is set, and neither are those of a service that is not running.
 
     Raises:
         PlatformError: where the state folder holds a damaged record.
@@ -75,7 +84,7 @@ def load_platform_environment(state: Path | None = None) -> None:
 
 
 def find_missing(current: Mapping[str, str], platform: Mapping[str, str], running: set[str]) -> dict[str, str]:
-    """The platform's variables that `current` lacks, group by group; nothing for a group that is the user's own."""
+    """Return the platform's variables that `current` lacks, without those of services that the user has set up."""
     missing: dict[str, str] = {}
     for group in GROUPS:
         if group.service not in running:
@@ -91,7 +100,7 @@ def find_missing(current: Mapping[str, str], platform: Mapping[str, str], runnin
 
 @contextlib.contextmanager
 def only_platform_s3(platform: Mapping[str, str]) -> Iterator[None]:
-    """This process sees the local platform's S3 and no other, until the block ends."""
+    """Replace this process's S3 settings by those of the platform until the block ends."""
     names = (*GROUPS[0].deciding, *GROUPS[0].passive)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ.update({name: platform[name] for name in names if name in platform})

@@ -1,6 +1,6 @@
-"""The local platform: SeaweedFS, MLflow and a Ray head on one machine, brought up, shown and taken down.
+"""Local platform: start, show and stop SeaweedFS, MLflow and a Ray head on one machine.
 
-Everything it knows stands in one state folder (default .tinyemo): platform.json, credentials, data, logs.
+One state folder (default .tinyemo) holds all its files: platform.json, credentials, data, logs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.credentials import read_s3_keys
 from cluster.environment import only_platform_s3
 from cluster.plan import keep_plan, make_plan
 from cluster.process import is_alive, start_detached, stop
 from cluster.services import HOST, SERVICE_NAMES, Service, build_services, is_healthy
 from cluster.state import PlatformState, exclusive, forget_state, load_state, make_private_folder, save_state
-from tinyemo.errors import PlatformError
+from tinyemo.errors import PlatformError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ POLL_INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """One line of `tinyemo platform status`."""
+    """Row of `tinyemo platform status`."""
 
     name: str
     title: str
@@ -37,21 +38,25 @@ class ServiceStatus:
     is_running: bool
     is_healthy: bool
     log: str
+    login: str
+    """File that holds the login or the token of the service."""
 
 
 def up(
     folder: Path,
     create_bucket: Callable[[str], None],
+    write_bytes: Callable[[str, bytes], None],
     *,
     ports: Mapping[str, int] | None = None,
     num_cpus: int | None = None,
     object_store_gb: float = 1.0,
 ) -> list[str]:
-    """Start what is not running; where that fails, stop again what this call has started.
+    """Start the services that do not run; where one fails, stop those that this call has started.
 
     Args:
         folder: state folder, absolute.
-        create_bucket: makes a bucket where it is missing, with the S3 settings of `os.environ`.
+        create_bucket: creates a bucket where it is missing, with the S3 settings of `os.environ`.
+        write_bytes: stores an object, with the S3 settings of `os.environ`.
         ports: first port by server (s3, mlflow, ray, dashboard) where it differs from what runs or from the default.
         num_cpus: logical CPUs for Ray; None for those this process may use.
         object_store_gb: Ray's shared memory, GB.
@@ -67,7 +72,7 @@ def up(
         recorded = load_state(folder)
         running = _running_services(recorded)
         if recorded is not None:
-            # After a crash: orphans that still hold ports.
+            # A service that crashed may have left processes that hold its ports.
             _stop_services(folder, recorded, set(recorded.processes) - running)
         if recorded is not None and running:
             state = keep_plan(recorded, ports or {})
@@ -84,8 +89,9 @@ def up(
                         state = _start(folder, state, services[name])
                 _wait_until_healthy([services[name] for name in stage], state)
                 if "s3" in stage:
-                    with only_platform_s3(state.environment):
+                    with only_platform_s3(state.environment | read_s3_keys(folder, "administrator")):
                         create_bucket(state.bucket)
+            _wait_until_writable(state, write_bytes, services["s3"].start_timeout_s)
             is_complete = True
         finally:
             if not is_complete:
@@ -94,7 +100,7 @@ def up(
 
 
 def down(folder: Path) -> list[str]:
-    """Stop what `up` started, by process id and start time; data, logs and credentials stay.
+    """Stop the processes that `up` started, found by pid and start time; data, logs and credentials stay.
 
     Returns:
         Names of the services whose processes were ended; empty where none was up.
@@ -110,7 +116,7 @@ def down(folder: Path) -> list[str]:
 
 
 def read_status(folder: Path) -> list[ServiceStatus]:
-    """Address, process and health of each service; empty where no platform is recorded."""
+    """Return address, process and health of each service; an empty list where no platform is recorded."""
     state = load_state(folder)
     if state is None:
         return []
@@ -124,13 +130,14 @@ def read_status(folder: Path) -> list[ServiceStatus]:
             is_running=name in running,
             is_healthy=name in running and is_healthy(service),
             log=str(service.log),
+            login=str(service.login),
         )
         for name, service in build_services(folder, state).items()
     ]
 
 
 def check_ports(services: Sequence[Service]) -> None:
-    """All ports of these services are free and wanted once.
+    """Check that all ports of these services are free and that no two services want the same one.
 
     Raises:
         PlatformError: naming the port and the option that moves it.
@@ -144,7 +151,7 @@ def check_ports(services: Sequence[Service]) -> None:
             raise PlatformError(f"{who} is wanted by {owners[port.number]} too: choose another with {port.option}")
         owners[port.number] = port.purpose
         with socket.socket() as probe:
-            # Else a connection that a former server has just closed would count as taken.
+            # Without this a connection that a former server has just closed would count as taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port.number))
@@ -159,7 +166,7 @@ def _running_services(state: PlatformState | None) -> set[str]:
 
 
 def _start(folder: Path, state: PlatformState, service: Service) -> PlatformState:
-    """The state with this service's process, recorded before anything can go wrong with it."""
+    """Start a service and return the state that records its process."""
     record = start_detached(
         service.command,
         environment=service.environment,
@@ -174,7 +181,7 @@ def _start(folder: Path, state: PlatformState, service: Service) -> PlatformStat
 
 
 def _wait_until_healthy(services: Sequence[Service], state: PlatformState) -> None:
-    """Return when all answer.
+    """Wait until all services answer.
 
     Raises:
         PlatformError: where one has ended or does not answer in its time, with the last lines of its log.
@@ -198,21 +205,34 @@ def _wait_until_healthy(services: Sequence[Service], state: PlatformState) -> No
             time.sleep(POLL_INTERVAL_S)
 
 
+def _wait_until_writable(state: PlatformState, write_bytes: Callable[[str, bytes], None], timeout_s: float) -> None:
+    """Wait until a job can write to the bucket: S3 answers seconds before its volume server has found the master."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with only_platform_s3(state.environment):
+                return write_bytes(f"s3://{state.bucket}/.ready", b"written by tinyemo platform up")
+        except StorageError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_INTERVAL_S)
+
+
 def _read_tail(log: Path) -> str:
-    """The last lines of a log, each indented, after its name."""
+    """Return the last lines of a log, each indented, after its name."""
     lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
     return "".join([f"; the end of {log}:", *(f"\n  {line}" for line in lines)])
 
 
 def _stop_services(folder: Path, state: PlatformState, names: Collection[str]) -> list[str]:
-    """Stop these services, Ray first: its jobs still need the others. Forget the platform when nothing is left."""
+    """Stop these services, Ray first because its jobs need the others; forget a platform without services."""
     services = build_services(folder, state)
     stopped = []
     for stage in (["ray"], ["mlflow", "s3"]):
         present = [name for name in stage if name in names and name in state.processes]
         ended = stop({name: (state.processes[name], services[name].stop_grace_s) for name in present})
         stopped += ended
-        # Only what we have ended leaves anything of ours: the sockets are named by port, which may be another's now.
+        # The sockets are named by port: where the service had ended before, another server may own them now.
         for name in ended:
             for leftover in services[name].leftovers:
                 leftover.unlink(missing_ok=True)
@@ -222,13 +242,14 @@ def _stop_services(folder: Path, state: PlatformState, names: Collection[str]) -
     if remaining:
         save_state(folder, state.model_copy(update={"processes": remaining}))
     else:
-        shutil.rmtree(state.ray_folder, ignore_errors=True)
+        ray_folder = state.ray_folder
+        shutil.rmtree(ray_folder if ray_folder.parent == folder else ray_folder.parent, ignore_errors=True)
         forget_state(folder)
     return stopped
 
 
 def _keep_ray_logs(folder: Path, ray_folder: Path) -> None:
-    """Move the last session's logs to the platform's own; sessions would pile up otherwise."""
+    """Move the last session's logs to the platform's logs and delete the session."""
     logs = (ray_folder / "session_latest" / "logs").resolve()
     if logs.is_dir():
         kept = folder / "logs" / "ray"

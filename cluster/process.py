@@ -1,6 +1,6 @@
 """Processes that outlive their starter and are ended by identity, never by name.
 
-A record holds a pid and the moment its process started, so a pid that the system has given to somebody else is never
+A record holds a pid and the moment its process started, so a pid that the system has given to another process is never
 signalled. What a server starts is found by its process tree, its session and a marker in the environment.
 """
 
@@ -19,13 +19,13 @@ from tinyemo.config import Section
 from tinyemo.errors import PlatformError
 
 MARKER = "TINYEMO_PLATFORM_ID"
-"""Environment variable that a server hands down to whatever it starts, even where that changes its session."""
+"""Environment variable that a server hands down to every process it starts, also into other sessions."""
 KILL_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.05
 
 
 class ProcessRecord(Section):
-    """One process, for good: the pid alone may belong to somebody else later."""
+    """Identity of one process. The pid alone is not enough: the system may give it to another process later."""
 
     pid: int
     started: str
@@ -35,7 +35,7 @@ class ProcessRecord(Section):
 
 
 def read_start(pid: int) -> str | None:
-    """When the process with this pid started, as a text to compare; None where it has ended (a zombie has ended)."""
+    """Return a text that identifies the start of the process, or None where it has ended; a zombie has ended."""
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -51,14 +51,14 @@ def read_start(pid: int) -> str | None:
 
 
 def is_alive(record: ProcessRecord) -> bool:
-    """Whether the recorded process itself still runs."""
+    """Return True while the recorded process itself runs."""
     return read_start(record.pid) == record.started
 
 
 def start_detached(
     command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path, marker: str
 ) -> ProcessRecord:
-    """A process in a session of its own, both outputs appended to `log` (mode 0600).
+    """Start a process in its own session that appends both outputs to `log`; its files are readable by its owner alone.
 
     Raises:
         PlatformError: where the program cannot be started or ends at once.
@@ -73,6 +73,7 @@ def start_detached(
             stdout=descriptor,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=0o077,
         )
     except OSError as error:
         raise PlatformError(f"cannot start {command[0]}: {error.strerror}; run `make setup`") from error
@@ -91,7 +92,7 @@ def stop(targets: Mapping[str, tuple[ProcessRecord, float]]) -> list[str]:
         targets: name -> (record, grace time in seconds).
 
     Returns:
-        The names of which anything was still running.
+        The names of those of which a process was still running.
 
     Raises:
         PlatformError: where a process outlives SIGKILL.
@@ -122,7 +123,7 @@ def stop(targets: Mapping[str, tuple[ProcessRecord, float]]) -> list[str]:
 
 
 def find_members(record: ProcessRecord) -> list[psutil.Process]:
-    """The recorded process, its descendants, its session, and every process that carries its marker."""
+    """Return the recorded process, its descendants, its session, and every process that carries its marker."""
     members: set[psutil.Process] = set()
     is_root_alive = is_alive(record)
     if is_root_alive:
@@ -139,7 +140,7 @@ def find_members(record: ProcessRecord) -> list[psutil.Process]:
 
 
 def _is_live(process: psutil.Process) -> bool:
-    """Whether it still runs; a child of ours that has ended is reaped on the way."""
+    """Return True while the process runs; reap it where it is an ended child of this process."""
     try:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return True

@@ -1,4 +1,4 @@
-"""The state folder: what is up, its credentials and its logs, readable by the owner alone."""
+"""State folder of the local platform: record of the servers, credentials and logs, readable by the owner alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOLDER_VARIABLE = "TINYEMO_STATE"
 
 
 class PlatformPorts(Section):
-    """First port of each server; SeaweedFS takes eight in a row, Ray two."""
+    """First port of each server; SeaweedFS takes eight ports in a row, Ray two."""
 
     s3: PositiveInt = 8333
     mlflow: PositiveInt = 5000
@@ -30,31 +30,31 @@ class PlatformPorts(Section):
 
 
 class PlatformState(Section):
-    """What `tinyemo platform up` has started and how to reach it; the content of platform.json."""
+    """Record of the servers that `tinyemo platform up` has started and of their addresses; content of platform.json."""
 
     format: Literal[1] = 1
     platform_id: str
-    """Random; marks the processes of this platform."""
+    """Random text that marks the processes of this platform."""
     bucket: str
     ports: PlatformPorts
     num_cpus: PositiveInt
     """Logical CPUs that Ray hands out."""
     object_store_bytes: PositiveInt
     ray_folder: Path
-    """Ray's temporary folder; short, because socket paths end at 107 bytes."""
+    """Folder of Ray's sessions; short, because a socket's path has at most 107 bytes."""
     environment: dict[str, str]
-    """What a driver needs to reach the servers, credentials included."""
+    """Variables that a driver needs to reach the servers, credentials included."""
     processes: dict[str, ProcessRecord]
-    """Service name -> process."""
+    """Process of each service, by the name of the service."""
 
 
 def resolve_folder(state: Path | None = None) -> Path:
-    """The state folder, absolute: the argument, else TINYEMO_STATE, else .tinyemo in the current folder."""
+    """Return the absolute state folder: the argument, else TINYEMO_STATE, else .tinyemo in the current folder."""
     return Path(state or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER).absolute()
 
 
 def load_state(folder: Path) -> PlatformState | None:
-    """The recorded platform, None where there is none.
+    """Return the recorded platform, or None where there is none.
 
     Raises:
         PlatformError: where the record cannot be read.
@@ -73,23 +73,25 @@ def load_state(folder: Path) -> PlatformState | None:
 
 
 def save_state(folder: Path, state: PlatformState) -> None:
-    """Write platform.json for us and platform.env for `source`, both with mode 0600."""
+    """Write platform.json for the commands and platform.env for a shell's `source`, both with mode 0600."""
     write_private(folder / "platform.json", state.model_dump_json(indent=2))
-    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(state.environment.items())]
+    # With the state folder in the environment, `platform status` and `down` work from every folder.
+    variables = {**state.environment, FOLDER_VARIABLE: str(folder)}
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items())]
     write_private(folder / "platform.env", "".join(lines))
 
 
 def forget_state(folder: Path) -> None:
-    """Remove the record; data, logs and S3 identity stay."""
+    """Remove the record of the servers; data, logs and credentials stay."""
     for name in ("platform.json", "platform.env"):
         (folder / name).unlink(missing_ok=True)
 
 
 def make_private_folder(folder: Path) -> Path:
-    """The folder with mode 0700, made where it is missing.
+    """Create the folder where it is missing, give it mode 0700, and return it.
 
     Raises:
-        PlatformError: where it cannot be made or belongs to somebody else.
+        PlatformError: where it cannot be created or belongs to another user.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def make_private_folder(folder: Path) -> Path:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file at once; nobody but its owner can read it at any moment."""
+    """Replace a file in one step; only its owner can read it, at every moment."""
     draft = path.with_name(path.name + ".new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -110,7 +112,7 @@ def write_private(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Only one `up` or `down` at a time works on this folder; the next one waits."""
+    """Hold the lock of the folder inside the block; a second `up` or `down` waits for it."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -15,7 +15,7 @@ import pytest
 from cluster import platform as local_platform
 from cluster.environment import GROUPS
 from cluster.state import load_state
-from orchestration.services.storage import ensure_bucket
+from orchestration.services import storage
 
 FIRST_TEST_PORT, LAST_TEST_PORT = 21_000, 31_000
 """Below what Linux hands out for outgoing connections (32,768 on), above what servers usually take."""
@@ -79,7 +79,9 @@ def platform() -> Iterator[RunningPlatform]:
     folder = Path(tempfile.mkdtemp(prefix="te-"))
     ports = choose_platform_ports()
     try:
-        local_platform.up(folder, ensure_bucket, ports=ports, num_cpus=2, object_store_gb=0.5)
+        local_platform.up(
+            folder, storage.ensure_bucket, storage.write_bytes, ports=ports, num_cpus=2, object_store_gb=0.5
+        )
         state = load_state(folder)
         assert state is not None
         yield RunningPlatform(folder, dict(state.environment), ports)

@@ -1,4 +1,4 @@
-"""`tinyemo platform up | status | down`: S3, MLflow and Ray on this machine, for those who have none elsewhere."""
+"""Commands `tinyemo platform up | status | down`: S3, MLflow and Ray on this machine."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def up(
     object_store_gb: Annotated[float, typer.Option(help="Ray's shared memory, GB.", min=0.1)] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Start what is not running and wait until it answers; harmless where all is up.
+    """Start the servers that do not run and wait until they answer; do nothing where all are up.
 
     Example: tinyemo platform up --mlflow-port 5001
     """
     from cluster import platform
     from cluster.state import resolve_folder
-    from orchestration.services.storage import ensure_bucket
+    from orchestration.services.storage import ensure_bucket, write_bytes
 
     logging.getLogger("cluster").setLevel(logging.INFO)
     wanted = {"s3": s3_port, "mlflow": mlflow_port, "ray": ray_port, "dashboard": dashboard_port}
@@ -56,6 +56,7 @@ def up(
     started = platform.up(
         folder,
         ensure_bucket,
+        write_bytes,
         ports={name: port for name, port in wanted.items() if port is not None},
         num_cpus=num_cpus,
         object_store_gb=object_store_gb,
@@ -91,7 +92,7 @@ def status(state: StateOption = None, as_json: JsonOption = False) -> None:
 
 @platform_app.command()
 def down(state: StateOption = None, as_json: JsonOption = False) -> None:
-    """End what `up` started, by process id; data, logs and credentials stay for the next `up`.
+    """End the servers that `up` started; data, logs and credentials stay for the next `up`.
 
     Example: tinyemo platform down
     """
@@ -106,13 +107,12 @@ def down(state: StateOption = None, as_json: JsonOption = False) -> None:
 
 
 def _print_services(services: Sequence[ServiceStatus]) -> None:
-    """One row per service."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("service", "address", "process", "health", "log", box=None, pad_edge=False)
+    table = Table("service", "address", "process", "health", "log", "login or token", box=None, pad_edge=False)
     for service in services:
         health = "healthy" if service.is_healthy else "not answering" if service.is_running else "not running"
-        table.add_row(service.title, service.address, str(service.pid or "-"), health, service.log)
+        table.add_row(service.title, service.address, str(service.pid or "-"), health, service.log, service.login)
     # Addresses and paths are for copying: no wrapping in a narrow terminal or a pipe.
     Console(soft_wrap=True, width=max(200, Console().width)).print(table)

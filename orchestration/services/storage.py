@@ -1,7 +1,7 @@
-"""The one module that knows S3: addresses, clients, bounded retries, and one clear line for each failure.
+"""Access to S3: addresses, clients, bounded retries, and one clear line for each failure.
 
 The endpoint and the credentials come from the environment alone: `AWS_ENDPOINT_URL` (absent: AWS itself),
-`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`. Nothing here logs or returns a secret.
+`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`. No function here logs or returns a secret.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 3.0
 READ_TIMEOUT_S = 20.0
 MAX_ATTEMPTS = 3
-"""A dead endpoint costs at most MAX_ATTEMPTS connect timeouts and two short back-offs: under 15 s."""
+"""Attempts for one request; a dead endpoint costs that many connect timeouts and two short pauses, under 15 s."""
 TRANSFER_THREADS = 4
 MAX_KEYS_PER_DELETE = 1000
-"""Limit of S3's DeleteObjects."""
+"""Most keys that S3's DeleteObjects takes."""
 
 _CLIENT_LOCK = threading.Lock()
 _COUNT_LOCK = threading.Lock()
@@ -52,18 +52,17 @@ _CREDENTIAL_CODES = frozenset(
         "403",
     }
 )
-_Result = TypeVar("_Result")
 
 
 class MissingObjectError(StorageError):
-    """The bucket answers, the object is not there."""
+    """Error for an object that does not exist in a bucket that does."""
 
 
 def parse_s3_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of `s3://bucket/key`; the key may be empty and never starts or ends with a slash.
+    """Split `s3://bucket/key` into bucket and key; the key may be empty and never starts or ends with a slash.
 
     Raises:
-        StorageError: where `uri` is no S3 address.
+        StorageError: where `uri` is not an S3 address.
     """
     parts = urlsplit(uri)
     if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
@@ -72,10 +71,10 @@ def parse_s3_uri(uri: str) -> tuple[str, str]:
 
 
 def endpoint_url() -> str | None:
-    """The endpoint from the environment, None for AWS itself.
+    """Return the endpoint from the environment, or None for AWS itself.
 
     Raises:
-        StorageError: where the variable holds no http(s) address.
+        StorageError: where the variable does not hold an http(s) address.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     if endpoint is not None:
@@ -86,7 +85,7 @@ def endpoint_url() -> str | None:
 
 
 def region() -> str:
-    """The region from the environment; us-east-1 where none is set."""
+    """Return the region from the environment, or us-east-1 where none is set."""
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
 
 
@@ -117,7 +116,7 @@ def fetched_bytes() -> int:
 
 
 def client() -> Any:
-    """A boto3 S3 client for the current environment: built once per process and environment, safe over threads."""
+    """Return a boto3 S3 client for this environment, built once per process and environment; threads may share it."""
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     credentials = tuple(os.environ.get(name) for name in names)
     with _CLIENT_LOCK:
@@ -125,10 +124,9 @@ def client() -> Any:
 
 
 def filesystem() -> Any:
-    """A `pyarrow.fs.S3FileSystem` on the same endpoint; it takes paths without the scheme: `bucket/key`.
+    """Return a `pyarrow.fs.S3FileSystem` on the same endpoint; its paths have no scheme: `bucket/key`.
 
-    The credentials stay out of it, so it can be pickled to other nodes without a secret inside: each process reads its
-    own environment.
+    It holds no credentials and can be pickled to other nodes: each process reads its own environment.
     """
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
@@ -155,7 +153,7 @@ def _error_code(error: botocore.exceptions.ClientError) -> str:
 
 
 def _describe_answer(code: str, uri: str, where: str) -> StorageError:
-    """The line for an error code that the server answered."""
+    """Return the error for a code that the server answered."""
     if code == "NoSuchBucket":
         bucket = urlsplit(uri).netloc
         return StorageError(f"bucket {bucket!r} does not exist at {where}: create it or name another one")
@@ -169,7 +167,7 @@ def _describe_answer(code: str, uri: str, where: str) -> StorageError:
 
 
 def _describe(error: Exception, uri: str) -> StorageError:
-    """The one line for a failure on `uri`: what was asked, where, and what to do."""
+    """Return the error for a failure on `uri`, in one line: the request, the server, and what to do."""
     where = _where()
     if isinstance(error, botocore.exceptions.ClientError):
         return _describe_answer(_error_code(error), uri, where)
@@ -287,7 +285,7 @@ def write_bytes_if_match(uri: str, data: bytes, etag: str) -> str | None:
 
 
 def delete(uri: str) -> None:
-    """Remove the object; harmless where there is none."""
+    """Remove the object; do nothing where there is none."""
     bucket, key = parse_s3_uri(uri)
     with _typed_errors(uri):
         client().delete_object(Bucket=bucket, Key=key)
@@ -313,10 +311,10 @@ def delete_prefix(uri: str) -> int:
 
 
 def read_json(uri: str) -> Any:
-    """The JSON document at `uri`.
+    """Return the JSON document at `uri`.
 
     Raises:
-        StorageError: also where the object holds no JSON.
+        StorageError: also where the object is not JSON.
     """
     data = read_bytes(uri)
     try:
@@ -326,12 +324,12 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, document: Any) -> None:
-    """Store a JSON document, keys sorted, so that equal documents are equal bytes."""
+    """Store a JSON document with sorted keys, so that equal documents are equal bytes."""
     write_bytes(uri, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
 
 
 def bucket_exists(bucket: str) -> bool:
-    """Whether the bucket is there and these credentials may see it."""
+    """Return True where the bucket exists and these credentials may see it."""
     with _typed_errors(f"s3://{bucket}"):
         try:
             client().head_bucket(Bucket=bucket)
@@ -340,11 +338,6 @@ def bucket_exists(bucket: str) -> bool:
                 return False
             raise
     return True
-
-
-def _require_bucket(bucket: str) -> None:
-    if not bucket_exists(bucket):
-        raise _describe_answer("NoSuchBucket", f"s3://{bucket}", _where())
 
 
 def age_s(uri: str) -> float:
@@ -372,10 +365,10 @@ def newest_age_s(uri: str) -> float:
 
 
 def exists(uri: str) -> bool:
-    """Whether the object is there.
+    """Return True where the object exists.
 
     Raises:
-        StorageError: where the bucket is missing, too: that is never the answer "no".
+        StorageError: also where the bucket does not exist.
     """
     bucket, key = parse_s3_uri(uri)
     with _typed_errors(uri):
@@ -386,12 +379,13 @@ def exists(uri: str) -> bool:
                 raise
         else:
             return True
-    _require_bucket(bucket)
+    if not bucket_exists(bucket):
+        raise _describe_answer("NoSuchBucket", uri, _where())
     return False
 
 
 def ensure_bucket(bucket: str) -> None:
-    """Create the bucket where it is not there yet."""
+    """Create the bucket where it does not exist yet."""
     if bucket_exists(bucket):
         return
     options: dict[str, Any] = {}
@@ -427,35 +421,31 @@ def _list_objects(uri: str) -> list[tuple[str, Any]]:
 
 
 def upload_file(path: Path, uri: str) -> None:
-    """Store a local file, in parts where it is large."""
+    """Store a local file; a large one travels in parts."""
     bucket, key = parse_s3_uri(uri)
     with _typed_errors(uri):
         client().upload_file(str(path), bucket, key)
 
 
 def download_file(uri: str, path: Path) -> None:
-    """Fetch an object to `path`, which appears whole or not at all."""
+    """Fetch an object to `path`; the file appears whole or not at all."""
     bucket, key = parse_s3_uri(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _typed_errors(uri):
         client().download_file(bucket, key, str(path))  # writes beside `path` and renames
 
 
-def _in_threads(work: Callable[[tuple[str, Path]], _Result], items: list[tuple[str, Path]]) -> list[_Result]:
-    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
-        return list(pool.map(work, items))
-
-
 def upload_folder(folder: Path, uri: str) -> int:
-    """Store every file under `folder` under `uri`; the number of files.
+    """Store every file of `folder` under `uri`; return the number of files.
 
     Raises:
         StorageError: where the folder is empty or S3 fails.
     """
-    files = [(f"{uri.rstrip('/')}/{path.relative_to(folder)}", path) for path in folder.rglob("*") if path.is_file()]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise StorageError(f"{folder} holds no file to store at {uri}")
-    _in_threads(lambda item: upload_file(item[1], item[0]), sorted(files))
+    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        list(pool.map(upload_file, files, [f"{uri.rstrip('/')}/{path.relative_to(folder)}" for path in files]))
     return len(files)
 
 
@@ -473,5 +463,6 @@ def download_folder(uri: str, folder: Path) -> int:
     for address, path in targets.items():
         if not path.resolve().is_relative_to(folder.resolve()):  # "..", a double slash, or a link in the folder
             raise StorageError(f"{address} would be written outside {folder}: rename it")
-    _in_threads(lambda item: download_file(*item), list(targets.items()))
+    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        list(pool.map(download_file, targets.keys(), targets.values()))
     return len(targets)

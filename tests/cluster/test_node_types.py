@@ -33,7 +33,8 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((ROOT / path).read_text())
+    *_, last = yaml.safe_load_all((ROOT / path).read_text())  # the cluster is the last document of KubeRay's file
+    content: dict[str, Any] = last
     return content
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
 import socket
 import sqlite3
-import stat
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cluster import platform as local_platform
+from cluster.credentials import S3_ACTIONS, read_mlflow_login, read_s3_keys
 from cluster.environment import only_platform_s3
 from cluster.plan import make_plan
 from cluster.process import ProcessRecord, find_members, is_alive
@@ -49,7 +50,8 @@ def _get(port: int, path: str, **headers: str) -> int:
 def _secrets(platform: RunningPlatform) -> list[str]:
     environment = platform.environment
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    return [environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"], token]
+    keys = [key for name in S3_ACTIONS for key in read_s3_keys(platform.folder, name).values()]
+    return [*keys, environment["MLFLOW_TRACKING_PASSWORD"], token]
 
 
 def test_status_shows_three_healthy_services(platform: RunningPlatform):
@@ -99,14 +101,22 @@ def test_everything_listens_on_loopback_alone(platform: RunningPlatform):
 
 
 def test_credentials_are_readable_by_the_owner_alone(platform: RunningPlatform):
-    """Folders 0700; every file at the top, and every credential and log, 0600."""
-    for folder in (platform.folder, *(platform.folder / name for name in ("credentials", "logs", "s3", "mlflow"))):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
-    files = [path for path in platform.folder.iterdir() if path.is_file()]
-    files += [path for name in ("credentials", "logs") for path in (platform.folder / name).iterdir() if path.is_file()]
-    assert {path.name for path in files} >= {"platform.json", "platform.env", "s3.json", "ray_token", "ray.log"}
-    for path in files:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    """Every file and folder is closed to group and others.
+
+    Ray opens its folder of sessions, and SeaweedFS the descriptions of its volumes: the folders around them are closed.
+    """
+    state = load_state(platform.folder)
+    assert state is not None
+    paths = [platform.folder, state.ray_folder.parent]
+    paths += [path for path in platform.folder.rglob("*") if not path.is_relative_to(state.ray_folder)]
+    paths = [path for path in paths if path.suffix != ".vif"]
+    paths += [socket_ for socket_ in build_services(platform.folder, state)["s3"].leftovers if socket_.exists()]
+    names = {path.name for path in paths}
+    assert names >= {"platform.json", "platform.env", "s3.json", "tls.key", "mlflow.ini", "ray_token", "s3.log"}
+    assert names >= {"mlflow.db", "accounts.db"}
+    assert any(path.suffix == ".dat" for path in paths), "SeaweedFS's volumes"
+    assert any(path.suffix == ".sock" for path in paths)
+    assert {path: oct(path.stat().st_mode) for path in paths if path.stat().st_mode & 0o077} == {}
 
 
 def test_no_secret_in_logs_database_or_command_lines(platform: RunningPlatform):
@@ -116,6 +126,7 @@ def test_no_secret_in_logs_database_or_command_lines(platform: RunningPlatform):
     weed = psutil.Process(state.processes["s3"].pid).environ()
     signing_keys = [value for name, value in weed.items() if name.startswith("WEED_JWT_")]
     assert len(signing_keys) == 4
+    assert not [name for name in weed if name.startswith(("AWS_ACCESS", "AWS_SECRET"))]
     wanted = [*_secrets(platform), *signing_keys]
     commands = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert str(platform.folder) in commands
@@ -151,18 +162,13 @@ def test_s3_refuses_a_wrong_secret(platform_environment: dict[str, str], monkeyp
         storage.read_bytes(uri)
 
 
-def test_nobody_gets_past_the_s3_gateway(platform: RunningPlatform):
-    """SeaweedFS's own HTTP doors want a signed token."""
-    for offset in (2, 3):  # volume server, filer
-        assert _get(platform.ports["s3"] + offset, "/buckets/tinyemo/tests/probe") in (401, 404)
-    assert _get(platform.ports["s3"] + 3, "/buckets/tinyemo/") == http.client.UNAUTHORIZED
-
-
 def test_mlflow_refuses_unknown_hosts(platform: RunningPlatform):
     """A web page that points its own name at loopback gets nothing."""
     path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
-    assert _get(platform.ports["mlflow"], path) == http.client.OK
-    assert _get(platform.ports["mlflow"], path, Host="evil.example") == http.client.FORBIDDEN
+    login = ":".join(platform.environment[f"MLFLOW_TRACKING_{name}"] for name in ("USERNAME", "PASSWORD"))
+    headers = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    assert _get(platform.ports["mlflow"], path, **headers) == http.client.OK
+    assert _get(platform.ports["mlflow"], path, Host="evil.example", **headers) == http.client.FORBIDDEN
 
 
 def test_mlflow_passes_artifacts_through_to_s3(platform_environment: dict[str, str], tmp_path: Path):
@@ -221,10 +227,10 @@ def test_a_taken_port_names_port_and_option(platform: RunningPlatform, tmp_path:
                 listener.bind(("127.0.0.1", port))
                 listener.listen()
                 with pytest.raises(PlatformError, match=rf"port {port} .*{option}"):
-                    local_platform.up(tmp_path, storage.ensure_bucket, ports=wanted)
+                    local_platform.up(tmp_path, storage.ensure_bucket, storage.write_bytes, ports=wanted)
         else:
             with pytest.raises(PlatformError, match=rf"port {port} .*{option}"):
-                local_platform.up(tmp_path, storage.ensure_bucket, ports=wanted)
+                local_platform.up(tmp_path, storage.ensure_bucket, storage.write_bytes, ports=wanted)
     assert load_state(tmp_path) is None
 
 
@@ -235,7 +241,41 @@ def test_ports_wanted_twice_are_named(tmp_path: Path):
     services: list[Service] = list(build_services(tmp_path, plan).values())
     with pytest.raises(PlatformError, match=rf"port {free['dashboard']} .* too: .*--dashboard-port"):
         local_platform.check_ports(services)
-    plan.ray_folder.rmdir()
+    plan.ray_folder.parent.rmdir()
+
+
+def test_a_damaged_credentials_file_is_named(tmp_path: Path):
+    """The line names the file and the way on; new keys must not lock anybody out in silence."""
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "s3.json").write_text('{"identities": [')
+    with pytest.raises(PlatformError, match=r"s3\.json is damaged: run `tinyemo platform down`, delete the file"):
+        make_plan(tmp_path, choose_platform_ports(), num_cpus=1, object_store_gb=0.1)
+
+
+def test_a_deleted_login_gets_a_new_password_and_a_new_account(tmp_path: Path):
+    """MLflow stores the password's hash when its accounts are new: both change together."""
+    make_plan(tmp_path, choose_platform_ports(), num_cpus=1, object_store_gb=0.1).ray_folder.parent.rmdir()
+    before = read_mlflow_login(tmp_path)
+    accounts = tmp_path / "mlflow" / "accounts.db"
+    accounts.write_text("hash of the old password")
+    make_plan(tmp_path, choose_platform_ports(), num_cpus=1, object_store_gb=0.1).ray_folder.parent.rmdir()
+    assert read_mlflow_login(tmp_path) == before
+    assert accounts.exists()
+    (tmp_path / "credentials" / "mlflow.ini").unlink()
+    make_plan(tmp_path, choose_platform_ports(), num_cpus=1, object_store_gb=0.1).ray_folder.parent.rmdir()
+    assert read_mlflow_login(tmp_path) != before
+    assert not accounts.exists()
+
+
+def test_status_and_down_find_a_platform_whose_environment_is_sourced(platform: RunningPlatform, tmp_path: Path):
+    """From any folder: `platform.env` names the state folder."""
+    command = f". {platform.folder}/platform.env && {find_program('tinyemo')} platform status --json"
+    bare = {name: value for name, value in os.environ.items() if name != "TINYEMO_STATE"}
+    result = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["is_up"]
 
 
 def test_a_half_start_is_undone(tmp_path: Path):
@@ -247,23 +287,23 @@ def test_a_half_start_is_undone(tmp_path: Path):
         raise StorageError(f"no {bucket} today")
 
     with pytest.raises(StorageError, match="no tinyemo today"):
-        local_platform.up(tmp_path, fail, ports=choose_platform_ports())
+        local_platform.up(tmp_path, fail, storage.write_bytes, ports=choose_platform_ports())
     (state,) = states
     assert state is not None
     assert not is_alive(state.processes["s3"])
     assert load_state(tmp_path) is None
     assert not state.ray_folder.is_relative_to(tmp_path), "pytest's folders are too long for Ray's sockets"
-    assert not state.ray_folder.exists()
+    assert not state.ray_folder.parent.exists()
 
 
 def test_a_server_that_ends_at_once_shows_its_last_words(tmp_path: Path):
     """The error carries the end of the log, where the reason stands."""
+    keys = [{"accessKey": "", "secretKey": ""}]
+    identities = [{"credentials": keys, "name": name, "actions": 1} for name in S3_ACTIONS]
     (tmp_path / "credentials").mkdir()
-    (tmp_path / "credentials" / "s3.json").write_text(
-        '{"identities": [{"credentials": [{"accessKey": "", "secretKey": ""}], "name": 1}]}'
-    )
+    (tmp_path / "credentials" / "s3.json").write_text(json.dumps({"identities": identities}))
     with pytest.raises(PlatformError, match=r"(?s)SeaweedFS S3 ended while starting; the end of .*s3\.log.*\n"):
-        local_platform.up(tmp_path, storage.ensure_bucket, ports=choose_platform_ports())
+        local_platform.up(tmp_path, storage.ensure_bucket, storage.write_bytes, ports=choose_platform_ports())
 
 
 def test_down_spares_a_process_that_got_a_recorded_pid(tmp_path: Path):
@@ -307,7 +347,7 @@ def test_a_crash_is_mended_and_down_leaves_nothing_but_data(tmp_path: Path):
     ports = choose_platform_ports()
     uri = "s3://tinyemo/kept"
     try:
-        local_platform.up(tmp_path, storage.ensure_bucket, ports=ports, object_store_gb=0.1)
+        local_platform.up(tmp_path, storage.ensure_bucket, storage.write_bytes, ports=ports, object_store_gb=0.1)
         crashed = load_state(tmp_path)
         assert crashed is not None
         with only_platform_s3(crashed.environment):
@@ -316,7 +356,7 @@ def test_a_crash_is_mended_and_down_leaves_nothing_but_data(tmp_path: Path):
         orphans = head.children(recursive=True)
         head.kill()
         head.wait(30)
-        assert local_platform.up(tmp_path, storage.ensure_bucket) == ["ray"]
+        assert local_platform.up(tmp_path, storage.ensure_bucket, storage.write_bytes) == ["ray"]
         assert not [orphan for orphan in orphans if orphan.is_running()]
         mended = load_state(tmp_path)
         assert mended is not None
@@ -340,7 +380,7 @@ def test_a_crash_is_mended_and_down_leaves_nothing_but_data(tmp_path: Path):
         raise StorageError("seen enough")
 
     with pytest.raises(StorageError, match="seen enough"):
-        local_platform.up(tmp_path, look, ports=ports)
+        local_platform.up(tmp_path, look, storage.write_bytes, ports=ports)
     assert kept == [b"kept" * 1_000_000]
 
 

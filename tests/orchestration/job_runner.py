@@ -171,10 +171,10 @@ class Jobs:
         """MLflow's runs of this name, or all, in every experiment."""
         from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=self.environment["MLFLOW_TRACKING_URI"])
-        ids = [experiment.experiment_id for experiment in client.search_experiments()]
-        condition = f"attributes.run_name = '{name}'" if name else ""
-        return list(client.search_runs(ids, condition))
+        with self.connected():
+            client = MlflowClient()
+            ids = [experiment.experiment_id for experiment in client.search_experiments()]
+            return list(client.search_runs(ids, f"attributes.run_name = '{name}'" if name else ""))
 
     def overwrite_byte(self, uri: str, position: int) -> None:
         """Flip one byte of an object in S3."""
