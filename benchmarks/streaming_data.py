@@ -37,7 +37,7 @@ def write_records(folder: Path, images: list[Path], num_records: int, prefix: st
 def ingest_oasis_copies() -> dict[str, Any]:
     """The benchmark's records in S3 in all three forms; addresses of each."""
     from orchestration.assets.catalogue import get_asset
-    from orchestration.instruct.ingest import ingest_instruct
+    from orchestration.data.ingest import ingest_instruct
     from orchestration.services import storage
 
     images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
@@ -71,7 +71,7 @@ def ingest_oasis_copies() -> dict[str, Any]:
 def ingest_oasis_once() -> str:
     """The photographs again, each under one other id: the small set of a mix. Its address."""
     from orchestration.assets.catalogue import get_asset
-    from orchestration.instruct.ingest import ingest_instruct
+    from orchestration.data.ingest import ingest_instruct
 
     images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Atomic writes of files."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 

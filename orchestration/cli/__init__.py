@@ -16,8 +16,6 @@ from orchestration.cli.compare import compare
 from orchestration.cli.explain import explain
 from orchestration.cli.features import features
 from orchestration.cli.ingest import ingest_app
-from orchestration.cli.ingest_instruct import instruct_command
-from orchestration.cli.ingest_oasis import oasis_command
 from orchestration.cli.platform import platform_app
 from orchestration.cli.recipes import recipes_app
 from orchestration.cli.runs import datasets_app, runs_app
@@ -35,8 +33,6 @@ app = typer.Typer(
 )
 app.add_typer(platform_app, name="platform")
 app.add_typer(assets_app, name="assets")
-ingest_app.command("instruct")(instruct_command)
-ingest_app.command("oasis")(oasis_command)
 app.add_typer(ingest_app, name="ingest")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")

@@ -1,31 +1,40 @@
-"""`tinyemo ingest`: data sets into S3."""
+"""`tinyemo ingest`: put data sets into S3."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import (
-    ingest_facts,
-    show_json,
-    show_label_counts,
-    show_rejected,
-    show_stored,
-)
+from orchestration.cli.ingest_output import show_json, show_label_counts, show_rejected
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
 from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
-    from orchestration.datasets.ingest import IngestReport
+    from orchestration.data.ingest import IngestReport
 
-ingest_app = typer.Typer(help="Put data sets into S3.", no_args_is_help=True)
+ingest_app = typer.Typer(help="Put data sets into S3, checked, sharded and versioned.", no_args_is_help=True)
 
-
-@ingest_app.callback()
-def _group() -> None:
-    """Put data sets into S3, validated, sharded and versioned."""
+TaxonomyOption = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="Labels: ekman, mikels, parrott, or a TOML or JSON file of your own.")
+]
+ImagesOption = Annotated[
+    str, typer.Option(metavar="ROOT", help="Folder that image paths are relative to, or s3://...", show_default=False)
+]
+SplitOption = Annotated[str | None, typer.Option(help="Split of records that name none.")]
+RulesOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.toml", help="Which records are kept; see docs/instruct_data.md.")
+]
+RuleOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a rule over the file or the defaults.")
+]
+GroupOption = Annotated[int, typer.Option(help="Records of a Parquet row group.", min=1)]
+ShardOption = Annotated[int, typer.Option(help="A shard ends where it reaches this.", min=1)]
 
 
 @ingest_app.command("features")
@@ -35,13 +44,13 @@ def features_command(
         typer.Argument(metavar="[SOURCE]", help="Folder of <split>.parquet files, a Parquet file, or an asset's name."),
     ] = None,
     name: DatasetNameOption = "emotion6",
-    taxonomy: Annotated[str, typer.Option(help="ekman, mikels or parrott; rows with other labels go.")] = "ekman",
+    taxonomy: TaxonomyOption = "ekman",
     root: RootOption = None,
     split: Annotated[str | None, typer.Option(help="Split of a single file that has no column `split`.")] = None,
     is_generated: Annotated[
         bool, typer.Option("--generated", help="Seeded noise instead of SOURCE; its runs are tagged data=generated.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the generated rows.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated rows.", min=0)] = 0,
     feature_width: Annotated[
         int | None, typer.Option("--width", help="Numbers in a feature. Default: those of train.", min=1)
     ] = None,
@@ -49,7 +58,7 @@ def features_command(
     is_forced: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate feature rows, store them as sharded Parquet with a manifest, and keep what is rejected with a reason.
+    """Store rows of features with a label each.
 
     Example: tinyemo ingest features emotion6 --name emotion6 --taxonomy ekman
     """
@@ -73,14 +82,177 @@ def features_command(
     _show(report, as_json=as_json)
 
 
+@ingest_app.command("images")
+def images_command(
+    images: ImagesOption,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TABLE",
+            help=".csv or .tsv with the columns image, label (or emotion), optionally split and id. "
+            "Without it, the folder of an image names its label.",
+        ),
+    ] = None,
+    name: DatasetNameOption = "images",
+    taxonomy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Labels: ekman, mikels, parrott, or a TOML or JSON file of your own."),
+    ] = None,
+    root: RootOption = None,
+    rules: RulesOption = None,
+    overrides: RuleOption = None,
+    split: SplitOption = None,
+    rows_per_group: GroupOption = 256,
+    shard_bytes: ShardOption = 64 * 2**20,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store photographs with a label each.
+
+    Example: tinyemo ingest images --labels labels.csv --images photos --taxonomy mikels --name fi
+    """
+    from orchestration.data.ingest import ingest_images
+    from orchestration.data.ingest_rules import Layout, load_rules
+
+    load_platform_environment()
+    given = [f"taxonomy={json.dumps(taxonomy)}"] if taxonomy else []
+    chosen = load_rules(rules, [*given, *(overrides or [])])
+    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+        report = ingest_images(
+            labels,
+            images,
+            name=name,
+            root=root or default_root(),
+            rules=chosen,
+            split=split,
+            layout=Layout(rows_per_group=rows_per_group, shard_bytes=shard_bytes),
+            is_forced=is_forced,
+            advance=advance,
+        )
+    _show(report, as_json=as_json)
+
+
+@ingest_app.command("instruct")
+def instruct_command(
+    records: Annotated[
+        str, typer.Option(help="JSON array or JSON Lines of LLaVA records: a file, or s3://...", show_default=False)
+    ],
+    images: ImagesOption,
+    name: DatasetNameOption = "instruct",
+    root: RootOption = None,
+    rules: RulesOption = None,
+    overrides: RuleOption = None,
+    split: SplitOption = None,
+    rows_per_group: GroupOption = 256,
+    shard_bytes: ShardOption = 64 * 2**20,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store LLaVA records with their images.
+
+    Records that are not kept go to rejected.parquet, each as it came and with its reason.
+
+    Example: tinyemo ingest instruct --records finetune.json --images images --name emoreason --set taxonomy=parrott
+    --set foreign_root=/home/author/images
+    """
+    from orchestration.data.ingest import ingest_instruct
+    from orchestration.data.ingest_rules import Layout, load_rules
+
+    load_platform_environment()
+    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+        report = ingest_instruct(
+            records,
+            images,
+            name=name,
+            root=root or default_root(),
+            rules=load_rules(rules, overrides),
+            split=split,
+            layout=Layout(rows_per_group=rows_per_group, shard_bytes=shard_bytes),
+            is_forced=is_forced,
+            advance=advance,
+        )
+    _show(report, as_json=as_json)
+
+
+@ingest_app.command("oasis")
+def oasis_command(
+    name: DatasetNameOption = "oasis",
+    root: RootOption = None,
+    negative_below: Annotated[float, typer.Option(help="Mean valence (1 to 7) of a negative photograph.")] = 3.5,
+    positive_above: Annotated[float, typer.Option(help="Mean valence of a positive one; none between.")] = 4.5,
+    calm_below: Annotated[float, typer.Option(help="Mean arousal (1 to 7) of a calm photograph.")] = 3.6,
+    aroused_above: Annotated[float, typer.Option(help="Mean arousal of a stirring one; none between.")] = 3.8,
+    state_label: Annotated[
+        Literal["always", "train", "never"], typer.Option(help="Where a reasoning question states the right label.")
+    ] = "always",
+    validation_fraction: Annotated[float, typer.Option(help="Chance of a theme to be in validation.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Chance of a theme to be in test.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed of splits, wordings and offered labels.", min=0)] = 0,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write captions, questions and reasoning for OASIS by templates from its norms, and store them with its images.
+
+    Example: tinyemo ingest oasis --name oasis
+    """
+    from orchestration.data.oasis import OasisRules, ingest_oasis
+    from orchestration.recipe.toml_sections import parse_section
+
+    chosen = {
+        "negative_below": negative_below,
+        "positive_above": positive_above,
+        "calm_below": calm_below,
+        "aroused_above": aroused_above,
+        "state_label": state_label,
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+        "seed": seed,
+    }
+    load_platform_environment()
+    rules = parse_section(OasisRules, chosen, source="the rules of OASIS cannot be used")
+    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+        report = ingest_oasis(name=name, root=root or default_root(), rules=rules, is_forced=is_forced, advance=advance)
+    if not as_json:
+        typer.echo("answers are TEMPLATES filled from the norms; emotions are a rule over mean valence and arousal")
+    _show(report, as_json=as_json)
+
+
 def _show(report: IngestReport, *, as_json: bool) -> None:
+    """Print the result of an ingest, for people or as JSON."""
     manifest = report.manifest
+    card = manifest.file_uri(manifest.card.path) if manifest.card else None
     if as_json:
-        show_json(manifest, ingest_facts(report))
+        document: dict[str, Any] = {
+            "kind": manifest.kind,
+            "data": manifest.data,
+            "unchanged": report.is_unchanged,
+            "rows_in": manifest.rows_in,
+            "rows_kept": manifest.rows_kept,
+            "rows_rejected": report.rows_rejected,
+            "rows_duplicate": report.rows_duplicate,
+            "tasks": manifest.tasks,
+            "shards": len(manifest.shards),
+            "card": card,
+            "mlflow_run": report.run_url,
+            "uploaded_files": report.num_uploaded,
+            "uploaded_bytes": report.uploaded_bytes,
+            "seconds": round(report.seconds, 3),
+        }
+        show_json(manifest, document)
         return
     if manifest.data == "generated":
-        typer.echo("GENERATED features: noise, not images; figures from them mean nothing")
-    show_label_counts(manifest, "rows")
-    typer.echo(f"rows in {manifest.rows_in} = kept {manifest.rows_kept} + rejected {manifest.rejected.rows}")
+        typer.echo("GENERATED data: noise or templates, not people's labels; figures from it mean nothing")
+    if manifest.tasks:
+        for split, tasks in manifest.tasks.items():
+            counts = ", ".join(f"{task} {rows}" for task, rows in tasks.items())
+            typer.echo(f"{split}: {manifest.splits[split].rows} records ({counts})")
+    else:
+        show_label_counts(manifest, "images" if manifest.kind == "images" else "rows")
+    duplicates = "" if manifest.kind == "features" else f" + duplicates {report.rows_duplicate}"
+    rejected = manifest.rejected.rows if manifest.kind == "features" else report.rows_rejected
+    typer.echo(f"rows in {manifest.rows_in} = kept {manifest.rows_kept} + rejected {rejected}{duplicates}")
     show_rejected(manifest)
-    show_stored(report)
+    if card:
+        typer.echo(f"card: {report.run_url or card}")
+    stored = "unchanged" if report.is_unchanged else f"stored {report.num_uploaded} files, {report.uploaded_bytes:,} B"
+    typer.echo(f"{manifest.uri}: {stored} in {report.seconds:.1f} s")

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestration.assets.inputs import Input, generated_input, open_parquet_input
+from orchestration.data.ingest import IngestReport
 from orchestration.data.manifest import (
     VERSION_LENGTH,
     Advance,
-    Manifest,
     check_destination,
     existing_version,
     held_out_rank,
@@ -44,24 +44,6 @@ from tinyemo.taxonomies import Taxonomy, describe_taxonomy, find_taxonomy
 logger = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 512
-
-
-@dataclass(frozen=True)
-class IngestReport:
-    """What an ingest did."""
-
-    manifest: Manifest
-    is_unchanged: bool
-    """The same rows were there already: nothing was uploaded."""
-    num_uploaded: int
-    """Files stored, without the manifest and latest.json."""
-    uploaded_bytes: int
-    seconds: float
-
-    @property
-    def rows_rejected(self) -> int:
-        """Rows that validation turned away."""
-        return self.manifest.rejected.rows
 
 
 def ingest_features(

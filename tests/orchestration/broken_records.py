@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from orchestration.instruct.records import MAX_RECORD_BYTES
-from orchestration.instruct.rules import IngestRules
+from orchestration.data.ingest_rules import IngestRules
+from orchestration.data.staging import MAX_RECORD_BYTES
 
 FOREIGN_ROOT = "/elsewhere/images"
 RULES = IngestRules(

@@ -8,16 +8,16 @@ from typing import Any
 import pyarrow.parquet as pq
 from broken_records import RULES, Corpus
 
+from orchestration.data.ingest import IngestReport, ingest_instruct
+from orchestration.data.ingest_rules import Layout
 from orchestration.data.manifest import Manifest
-from orchestration.instruct.ingest import InstructReport, ingest_instruct
-from orchestration.instruct.rules import Layout
 from orchestration.services import storage
 
 LAYOUT = Layout(rows_per_group=4, shard_bytes=12_000, records_per_chunk=10)
 """Small, so that a few records make several chunks, shards and row groups."""
 
 
-def ingest(corpus: Corpus, root: str, **options: Any) -> InstructReport:
+def ingest(corpus: Corpus, root: str, **options: Any) -> IngestReport:
     given = {"name": "broken", "rules": RULES, "layout": LAYOUT, **options}
     return ingest_instruct(corpus.records, corpus.images, root=root, **given)
 

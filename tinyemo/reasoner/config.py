@@ -1,4 +1,4 @@
-"""Configuration of a reasoning model, complete enough to build it from its export alone."""
+"""What a reasoning model is made of: enough to build it again from its export alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = ("real", "random")
 
 
 class ReasonerConfig(PreTrainedConfig):
-    """Configuration of a vision tower, a connector and a causal language model."""
+    """A vision tower, a connector and a causal language model."""
 
     model_type = "tinyemo_reasoner"
     sub_configs_defaults = {  # noqa: RUF012 - transformers declares it so
@@ -78,12 +78,12 @@ class ReasonerConfig(PreTrainedConfig):
 
     @property
     def encoder_spec(self) -> EncoderSpec:
-        """Validated description of the vision tower."""
+        """The vision tower's, checked."""
         return EncoderSpec.model_validate(self.vision)
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of placeholder tokens of one image: P."""
+        """Placeholders for one image: P."""
         rows, columns = self.encoder_spec.patch_grid
         return rows * columns
 

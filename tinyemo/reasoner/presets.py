@@ -1,4 +1,4 @@
-"""Configurations of the family's parts at their true sizes, without download or allocation.
+"""The family's parts at their true sizes, as configurations: nothing is downloaded, nothing is allocated.
 
 The published totals count a language model and the whole of CLIP ViT-L/14, text tower included, without the connector.
 """
@@ -31,7 +31,7 @@ _CLIP_PREPROCESSING = Preprocessing(
 
 
 def text_preset(name: str) -> PreTrainedConfig:
-    """Return the configuration of a family member's language model, at its true size.
+    """Configuration of a family member's language model, at its true size.
 
     Raises:
         ConfigError: the family has no such member.
@@ -65,7 +65,7 @@ def text_preset(name: str) -> PreTrainedConfig:
 
 
 def clip_preset() -> CLIPConfig:
-    """Return the configuration of all of CLIP ViT-L/14."""
+    """The whole of CLIP ViT-L/14."""
     text = {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "projection_dim": 768,
@@ -78,7 +78,7 @@ def clip_preset() -> CLIPConfig:
 
 
 def vision_preset(name: str) -> tuple[EncoderSpec, CLIPVisionConfig | None]:
-    """Return an encoder with random weights at its true size: its description and transformers' configuration.
+    """An encoder of random weights at its true size: what it yields, and transformers' configuration of it.
 
     Raises:
         ConfigError: no such encoder.
@@ -105,7 +105,7 @@ def vision_preset(name: str) -> tuple[EncoderSpec, CLIPVisionConfig | None]:
 def preset_config(
     name: str, *, vision: str = CLIP_VIT_L14, connector: str = "mlp2x_gelu", **fields: Any
 ) -> ReasonerConfig:
-    """Return the configuration of a family member's reasoning model at its true size, tagged as random.
+    """A family member's reasoning model at its true size, tagged as random.
 
     Args:
         name: of the member.
@@ -128,7 +128,7 @@ def preset_config(
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters; tied ones count once."""
+    """Parameters, tied ones once."""
 
     language_model: int
     vision_tower: int
@@ -139,17 +139,17 @@ class Counts:
 
     @property
     def published_total(self) -> int:
-        """Return the number that the paper gives: language model and all of CLIP."""
+        """As the paper counts: language model and the whole of CLIP."""
         return self.language_model + self.clip
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """Count the elements of all parameters; tied ones count once."""
+    """Elements of all parameters, tied ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def meta_counts(name: str) -> Counts:
-    """Count the parameters of a family member on the meta device, without memory or weights.
+    """Parameters of a family member, counted on the meta device: no memory, no weights.
 
     Raises:
         ConfigError: the family has no such member.

@@ -14,7 +14,7 @@ from tiny_reasoners import tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from orchestration.instruct.oasis import OasisRules, Photograph, build_records
+from orchestration.data.oasis import OasisRules, Photograph, build_records
 from orchestration.use.explain import ANSWER, REQUEST, Explainer, reasoning_question
 from tinyemo.config import ProjectorConfig
 from tinyemo.encoders import EncoderInfo, card_entries

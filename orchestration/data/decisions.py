@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from orchestration.data.manifest import held_out_rank
-from orchestration.instruct.near_duplicates import nearest_within
-from orchestration.instruct.rules import IngestRules, Layout, Reason
+from orchestration.data.ingest_rules import IngestRules, Layout, Reason
+from orchestration.data.manifest import Kind, held_out_rank
+from orchestration.data.near_duplicates import nearest_within
 
 FACT_SCHEMA = pa.schema(
     [
@@ -56,13 +56,14 @@ class _Verdicts:
         self.is_kept[row] = False
 
 
-def decide(facts: pa.Table, rules: IngestRules, split: str | None) -> pa.Table:
-    """The facts (R rows in the order of the input) with final ids, splits and reasons.
+def decide(facts: pa.Table, rules: IngestRules, split: str | None, kind: Kind = "instruct") -> pa.Table:
+    """Return the facts (R rows in the order of the input) with final ids, splits and reasons.
 
     Args:
         facts: FACT_SCHEMA.
         rules: of the ingest.
         split: of records that name none; None: their image decides.
+        kind: of images, each is kept once, and only where all of its records name one label.
     """
     facts = facts.combine_chunks()
     verdicts = _Verdicts(facts)
@@ -74,7 +75,11 @@ def decide(facts: pa.Table, rules: IngestRules, split: str | None) -> pa.Table:
     ranks = np.zeros(len(splits), dtype=np.int64)
     for rank, name in enumerate(names):
         ranks[splits == name] = rank
+    if kind == "images":
+        _reject_conflicts(images, facts["label"], verdicts)
     _reject_same_images(images, ranks, names, numbers, verdicts)
+    if kind == "images":
+        _reject_repeated_images(images, numbers, verdicts)
     if rules.near_duplicate_bits >= 0:
         _reject_near_images(facts, images, ranks, names, numbers, rules.near_duplicate_bits, verdicts)
     changed = {
@@ -152,6 +157,27 @@ def choose_split(image_sha256: bytes, held_out: dict[str, float]) -> str:
         if place < 0:
             return name
     return "train"
+
+
+def _reject_conflicts(images: NDArray[np.int64], labels: pa.ChunkedArray, verdicts: _Verdicts) -> None:
+    """Reject every record of an image whose records name several labels."""
+    words = labels.to_pylist()
+    named: dict[int, set[str]] = {}
+    rows = np.flatnonzero(verdicts.is_kept).tolist()
+    for row in rows:
+        named.setdefault(int(images[row]), set()).add(words[row])
+    for row in rows:
+        if len(found := named[int(images[row])]) > 1:
+            verdicts.reject(row, Reason.CONFLICTING_LABELS, f"records of this image name {', '.join(sorted(found))}")
+
+
+def _reject_repeated_images(images: NDArray[np.int64], numbers: NDArray[np.int64], verdicts: _Verdicts) -> None:
+    """Keep the first record of each image; what is left of an image lies in one split by now."""
+    first: dict[int, int] = {}
+    for row in np.flatnonzero(verdicts.is_kept).tolist():
+        holder = first.setdefault(int(images[row]), row)
+        if holder != row:
+            verdicts.reject(row, Reason.DUPLICATE_IMAGE, f"record {numbers[holder]} of the same split is this image")
 
 
 def _reject_same_images(

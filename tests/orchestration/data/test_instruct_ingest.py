@@ -17,6 +17,8 @@ from broken_records import RULES, Corpus, asked, encode, picture, record
 from ingested_records import LAYOUT, ingest, left_in, read_parquet, rejected, stored
 from PIL import Image
 
+from orchestration.data.ingest import ingest_instruct
+from orchestration.data.ingest_rules import IngestRules, Reason
 from orchestration.data.manifest import (
     RECORD_SCHEMA,
     id_hash,
@@ -24,9 +26,7 @@ from orchestration.data.manifest import (
     read_index,
     verify_manifest,
 )
-from orchestration.instruct.ingest import ingest_instruct
-from orchestration.instruct.records import MAX_RECORD_BYTES
-from orchestration.instruct.rules import IngestRules, Reason
+from orchestration.data.staging import MAX_RECORD_BYTES
 from orchestration.services import storage
 from tinyemo.errors import DataError
 
@@ -35,7 +35,10 @@ def test_every_kind_of_broken_record_ends_in_the_dead_letter(corpus: Corpus, s3_
     report = ingest(corpus, s3_folder)
     manifest = report.manifest
     assert len(corpus.reasons) > 100
-    assert set(corpus.reasons.values()) == {str(reason) for reason in Reason}, "a reason that no record shows"
+    of_tables = {Reason.BAD_ROW, Reason.CONFLICTING_LABELS}
+    assert set(corpus.reasons.values()) == {str(reason) for reason in set(Reason) - of_tables}, (
+        "a reason that no record shows"
+    )
     found = rejected(manifest)
     wrong = {
         corpus.names[number]: (reason, found[number]["reason"] if number in found else "kept")
@@ -245,7 +248,7 @@ def test_nothing_to_keep_is_a_clear_line(s3_folder: str, tmp_path: Path) -> None
     source.images.mkdir()
     source.reject("image_missing", "nowhere", record("8", "nowhere.jpg"))
     source.write()
-    with pytest.raises(DataError, match=r"none of 1 records can be kept: 1 image_missing; see s3://"):
+    with pytest.raises(DataError, match=r"none of 1 records can be kept: 1 image_missing \(.*\); see s3://"):
         ingest(source, s3_folder)
 
 

@@ -1,4 +1,4 @@
-"""One record: what its text says, and the rules that it must keep. Images are checked elsewhere."""
+"""Checks of one record's text against the rules; its image is checked in `image_files`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-from orchestration.instruct.rules import SPLIT_NAME, TASKS, IngestRules, Reason, RejectedRecordError
+from orchestration.data.ingest_rules import SPLIT_NAME, TASKS, IngestRules, Reason, RejectedRecordError
 from tinyemo.taxonomies import Taxonomy, canonical_word
 
 IMAGE_TOKEN = "<image>"
@@ -94,9 +94,7 @@ def check_record(document: dict[str, Any], rules: IngestRules) -> Record:
     """
     sample_id = _id(document)
     image = _text(document, "image") or reject(Reason.MISSING_FIELD, "image is absent, null or empty")
-    split = _text(document, "split")
-    if split is not None and not SPLIT_NAME.fullmatch(split):
-        reject(Reason.BAD_SPLIT, f"split is {quoted(split)}: use letters, digits, underscores, dots and dashes")
+    split = _split(document)
     given, task = _text(document, "label"), _text(document, "task")
     source = _text(document, "source")
     turns = _turns(document, rules)
@@ -109,6 +107,27 @@ def check_record(document: dict[str, Any], rules: IngestRules) -> Record:
     task = _task(task, turns, offered, rules)
     _check_leak(task, turns, label, stated, rules)
     return Record(sample_id, image, split, task, turns, offered, stated, label, source)
+
+
+def check_labelled_image(document: dict[str, Any], rules: IngestRules) -> Record:
+    """Return the record of a photograph with a label; its id is its path unless it has one.
+
+    Raises:
+        RejectedRecordError: with the first rule that it breaks.
+    """
+    image = _text(document, "image") or reject(Reason.MISSING_FIELD, "image is absent or empty")
+    sample_id = _id({"id": document.get("id", image)})
+    split = _split(document)
+    given = _text(document, "label") or reject(Reason.MISSING_FIELD, "label is absent or empty")
+    label = _known(given, "label", rules)
+    return Record(sample_id, image, split, "", [], [], None, label, _text(document, "source"))
+
+
+def _split(document: dict[str, Any]) -> str | None:
+    split = _text(document, "split")
+    if split is not None and not SPLIT_NAME.fullmatch(split):
+        reject(Reason.BAD_SPLIT, f"split is {quoted(split)}: use letters, digits, underscores, dots and dashes")
+    return split
 
 
 def claimed(document: dict[str, Any], field: str) -> str | None:

@@ -10,9 +10,8 @@ from broken_records import Corpus, encode, picture, record
 from job_runner import Jobs
 from PIL import Image
 
-from orchestration.data.manifest import load_manifest
-from orchestration.instruct.ingest import REJECTED_SCHEMA
-from orchestration.instruct.rules import IngestRules, Reason
+from orchestration.data.ingest_rules import IngestRules, Reason
+from orchestration.data.manifest import REJECTED_SCHEMA, load_manifest
 from orchestration.services import storage
 
 

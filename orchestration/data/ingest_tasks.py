@@ -13,31 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.data.manifest import RECORD_SCHEMA
-from orchestration.instruct.data_card import thumbnail
-from orchestration.instruct.decisions import FACT_SCHEMA
-from orchestration.instruct.images import inspect_image, path_under_root, read_ahead, require_root, stored_image
-from orchestration.instruct.records import RawRecord, Staged, read_chunk
-from orchestration.instruct.rules import IngestRules, Layout, Reason, RejectedRecordError
-from orchestration.instruct.validation import Record, check_record, claimed, parse_document, reject
+from orchestration.data.data_card import thumbnail
+from orchestration.data.decisions import FACT_SCHEMA
+from orchestration.data.image_files import inspect_image, path_under_root, read_ahead, require_root, stored_image
+from orchestration.data.ingest_rules import IngestRules, Layout, Reason, RejectedRecordError
+from orchestration.data.manifest import IMAGE_SCHEMA, RECORD_SCHEMA, Kind, parquet_options
+from orchestration.data.record_checks import (
+    Record,
+    check_labelled_image,
+    check_record,
+    claimed,
+    parse_document,
+    reject,
+)
+from orchestration.data.staging import RawRecord, Staged, read_chunk
 from orchestration.services import storage
 from orchestration.streaming.unordered_tasks import MAX_RETRIES, guarded, run_unordered
 from tinyemo.errors import DataError
-
-SHARD_OPTIONS: dict[str, Any] = {
-    # JPEG, PNG and WebP do not shrink; the other columns are words.
-    "compression": {
-        "image": "none",
-        "turns.list.element.role": "zstd",
-        "turns.list.element.text": "zstd",
-        "labels_offered.list.element": "zstd",
-    }
-    | {name: "zstd" for name in RECORD_SCHEMA.names if name not in ("image", "turns", "labels_offered")},
-    "use_dictionary": ["task", "label", "label_stated", "source", "turns.list.element.role"],
-    "write_statistics": False,
-    "write_page_checksum": True,
-}
-
 
 WRITTEN_SCHEMA = pa.schema(
     [
@@ -56,11 +48,26 @@ WRITTEN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Source:
-    """Where an ingest's records and images are, and by which rules they are read; travels to the tasks."""
+    """Where an ingest's records and images are, and the rules that they are checked by; travels to the tasks."""
 
+    kind: Kind
+    """images or instruct."""
     staged: Staged
     images: str
     rules: IngestRules
+
+    def read(self, raw: RawRecord) -> Record:
+        """Return the record in a staged text.
+
+        Raises:
+            RejectedRecordError: with the first rule that it breaks.
+        """
+        if raw.problem is not None:
+            reject(Reason(raw.reason), raw.problem)
+        document = parse_document(raw.text)
+        return (
+            check_labelled_image(document, self.rules) if self.kind == "images" else check_record(document, self.rules)
+        )
 
 
 @dataclass(frozen=True)
@@ -106,18 +113,19 @@ def check_chunk(source: Source, chunk: int) -> pa.Table:
 
 def _check_text(raw: RawRecord, source: Source) -> tuple[dict[str, Any], str | None]:
     """What is known of a record before its image, and the image's path where there is something to check."""
-    document: dict[str, Any] = {}
     try:
-        if raw.problem is not None:
-            reject(Reason.BAD_JSON, raw.problem)
-        document = parse_document(raw.text)
-        record = check_record(document, source.rules)
+        record = source.read(raw)
         path = path_under_root(record.image, source.images, source.rules.foreign_root)
     except RejectedRecordError as error:
+        try:
+            document = parse_document(raw.text)
+        except RejectedRecordError:
+            document = {}
         return {
             "number": raw.number,
             "id": claimed(document, "id"),
             "split": claimed(document, "split"),
+            "label": claimed(document, "label"),
             "reason": str(error.reason),
             "detail": error.detail,
             "content": _hash16(raw.text),
@@ -165,17 +173,18 @@ def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, An
     """
     buffer = io.BytesIO()
     pictures: list[dict[str, Any]] = []
-    with pq.ParquetWriter(buffer, RECORD_SCHEMA, **SHARD_OPTIONS) as writer:
+    schema = IMAGE_SCHEMA if source.kind == "images" else RECORD_SCHEMA
+    with pq.ParquetWriter(buffer, schema, **parquet_options(schema)) as writer:
         group: list[dict[str, Any]] = []
         for place, row in enumerate(_rows(source, work)):
             group.append(row)
             if place in work.sampled:
                 pictures.append({"image": thumbnail(row["image"]), "task": row["task"], "label": row["label"]})
             if len(group) == layout.rows_per_group:
-                writer.write_table(pa.Table.from_pylist(group, RECORD_SCHEMA), row_group_size=len(group))
+                writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
                 group.clear()
         if group:
-            writer.write_table(pa.Table.from_pylist(group, RECORD_SCHEMA), row_group_size=len(group))
+            writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
     data = buffer.getvalue()
     storage.write_bytes(work.uri, data)
     return {
@@ -227,7 +236,7 @@ def _records(source: Source, positions: NDArray[np.int64]) -> Iterator[Record]:
     for chunk, places in places_by_chunk(source.staged, positions):
         raws = read_chunk(source.staged.uri, chunk)
         for place in places.tolist():
-            yield check_record(parse_document(raws[place].text), source.rules)
+            yield source.read(raws[place])
 
 
 def places_by_chunk(staged: Staged, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

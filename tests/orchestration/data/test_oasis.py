@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from job_runner import Jobs
 from pydantic import ValidationError
 
+from orchestration.data.ingest_rules import IngestRules
 from orchestration.data.manifest import load_manifest
-from orchestration.instruct.oasis import (
+from orchestration.data.oasis import (
     CAPTION_ANSWERS,
     EMOTION_ANSWERS,
     QUADRANTS,
@@ -33,8 +34,7 @@ from orchestration.instruct.oasis import (
     sentiment_of,
     split_of,
 )
-from orchestration.instruct.rules import IngestRules
-from orchestration.instruct.validation import check_record
+from orchestration.data.record_checks import check_record
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import TAXONOMIES
 

@@ -1,4 +1,4 @@
-"""What people want to know of an instruct data set before they train on it: a Markdown card and a sheet of pictures."""
+"""A Markdown card and a sheet of pictures that show people a data set before they train on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
+from orchestration.data.ingest_rules import Reason
 from orchestration.data.manifest import Manifest, SplitCounts
-from orchestration.instruct.rules import Reason
 from orchestration.services import storage
 from tinyemo.errors import PlatformError
 
@@ -63,52 +62,37 @@ def contact_sheet(pictures: Sequence[dict[str, Any]]) -> bytes:
         left, top = place % SHEET_COLUMNS * THUMBNAIL_SIDE, place // SHEET_COLUMNS * height
         with Image.open(io.BytesIO(picture["image"])) as image:
             sheet.paste(image, (left + (THUMBNAIL_SIDE - image.width) // 2, top + (THUMBNAIL_SIDE - image.height) // 2))
-        caption = picture["task"] + (f": {picture['label']}" if picture["label"] else "")
+        caption = ": ".join(text for text in (picture["task"], picture["label"]) if text)
         draw.text((left + 2, top + THUMBNAIL_SIDE), caption, fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def write_card(
-    name: str,
-    data: str,
-    source: dict[str, Any],
-    rules: dict[str, Any],
-    splits: dict[str, SplitCounts],
-    tasks: dict[str, dict[str, int]],
-    reasons: dict[str, int],
-    kept: pa.Table,
-) -> str:
-    """The card as Markdown: counts per split, task, label and reason, sizes, lengths, rules; the same for equal data.
+def write_card(manifest: Manifest, kept: pa.Table) -> str:
+    """Return the card as Markdown: counts per split, task, label and reason, sizes, rules; the same for equal data.
 
     Args:
-        name: of the data set.
-        data: "real" or "generated".
-        source: where the records came from.
-        rules: by which they were checked, and by which answers were made.
-        splits: rows and labels of each.
-        tasks: split -> task -> records.
-        reasons: reason code -> records that were not kept.
+        manifest: of the version; it needs no card yet.
         kept: the facts of the kept records, with the columns of MEASURES and `image_sha256`.
     """
+    reasons = manifest.rejected.reasons
     duplicates = sum(count for reason, count in reasons.items() if Reason(reason).is_duplicate)
-    rejected = sum(reasons.values()) - duplicates
     num_images = pc.count_distinct(kept["image_sha256"]).as_py()
+    # The source names files of the user, which must not end the code block or add markup of their own.
+    facts = json.dumps({"source": manifest.source, "rules": manifest.rules}, indent=1, sort_keys=True)
+    facts = facts.replace("`", "\\u0060").replace("<", "\\u003c")
     lines = [
-        f"# {name}",
+        f"# {manifest.name}",
         "",
-        *(["**Generated data: figures from them mean nothing.**", ""] if data == "generated" else []),
-        f"Records in {kept.num_rows + sum(reasons.values())} = kept {kept.num_rows} + rejected {rejected} "
+        *(["**Generated data: figures from them mean nothing.**", ""] if manifest.data == "generated" else []),
+        f"Records in {manifest.rows_in} = kept {kept.num_rows} + rejected {manifest.rejected.rows - duplicates} "
         f"+ duplicates {duplicates}; {num_images} images.",
         "",
-        "## Records by split and task",
-        "",
-        *_task_table(splits, tasks),
-        "",
+        *(["## Records by split and task", "", *_task_table(manifest), ""] if manifest.tasks else []),
         "## Records by label",
         "",
-        *_label_table(splits),
+        *_label_table(manifest.splits),
         "",
         "## Not kept",
         "",
@@ -126,15 +110,18 @@ def write_card(
         "",
         "## Source and rules",
         "",
-        f"```json\n{json.dumps({'source': source, 'rules': rules}, indent=1, sort_keys=True)}\n```",
+        f"```json\n{facts}\n```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _task_table(splits: dict[str, SplitCounts], tasks: dict[str, dict[str, int]]) -> list[str]:
-    names = sorted({task for counts in tasks.values() for task in counts})
-    rows = [[split, *(tasks[split].get(task, 0) for task in names), splits[split].rows] for split in splits]
+def _task_table(manifest: Manifest) -> list[str]:
+    names = sorted({task for counts in manifest.tasks.values() for task in counts})
+    rows = [
+        [split, *(manifest.tasks[split].get(task, 0) for task in names), counts.rows]
+        for split, counts in manifest.splits.items()
+    ]
     return _table(["split", *names, "all"], rows)
 
 
@@ -149,30 +136,12 @@ def _quantiles(kept: pa.Table) -> list[list[Any]]:
     return [
         [text, *(round(float(value)) for value in np.quantile(kept[column].to_numpy(), QUANTILES))]
         for column, text in MEASURES.items()
+        if kept[column].null_count == 0
     ]
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows]]
-
-
-def count_splits(kept: pa.Table, order: list[str]) -> tuple[dict[str, SplitCounts], dict[str, dict[str, int]]]:
-    """Rows and labels of each split, and its records of each task, from the columns split, task and label."""
-    counted = Counter(zip(*(kept[column].to_pylist() for column in ("split", "task", "label")), strict=True))
-    splits: dict[str, SplitCounts] = {}
-    tasks: dict[str, dict[str, int]] = {}
-    for split in order:
-        by_label: Counter[str] = Counter()
-        by_task: Counter[str] = Counter()
-        for (where, task, label), count in counted.items():
-            if where == split:
-                by_task[task] += count
-                by_label[label or ""] += count
-        num_rows = by_task.total()
-        by_label.pop("", None)
-        splits[split] = SplitCounts(rows=num_rows, labels=dict(sorted(by_label.items())))
-        tasks[split] = dict(sorted(by_task.items()))
-    return splits, tasks
 
 
 def has_mlflow() -> bool:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from orchestration.instruct import near_duplicates
-from orchestration.instruct.near_duplicates import MAX_BITS, nearest_within
+from orchestration.data import near_duplicates
+from orchestration.data.near_duplicates import MAX_BITS, nearest_within
 
 
 def compare_all(

@@ -10,16 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.instruct.records import (
+from orchestration.data.ingest_tasks import places_by_chunk
+from orchestration.data.staging import (
     MAX_RECORD_BYTES,
     RawRecord,
     Staged,
     read_chunk,
     read_raw_records,
-    remove_staged,
     stage_records,
 )
-from orchestration.instruct.tasks import places_by_chunk
 from orchestration.services import storage
 from tinyemo.errors import DataError
 
@@ -126,7 +125,7 @@ def test_chunks_hold_the_records_in_order_and_are_removed(s3_root: str, tmp_path
     assert [record.text.decode() for record in found] == lines
     assert [record.number for record in found] == list(range(1, 24))
     assert progress[-1] == ("read", path.stat().st_size, path.stat().st_size)
-    remove_staged(staged.uri)
+    storage.delete_prefix(staged.uri)
     assert storage.list_prefix(staged.uri) == {}
 
 

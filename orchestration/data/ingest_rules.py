@@ -1,4 +1,4 @@
-"""By which rules instruct records are kept, and the codes of those that are not."""
+"""Rules by which images and instruct records are kept, and the codes of those that are not."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ TASKS: tuple[Task, ...] = ("caption", "vqa", "sqa", "reasoning")
 SPLIT_NAME = re.compile(r"\w[\w.-]*")
 """A split names files, so it is made of letters, digits, underscores, dots and dashes."""
 
+KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "MPO")
+"""Pillow's names of the formats whose bytes are stored as they came. MPO is what phones write: a JPEG with a second,
+smaller picture after it, which readers of JPEG pass over."""
+CONVERTIBLE_FORMATS = ("BMP", "GIF", "ICO", "PPM", "TIFF")
+"""Other formats that are opened at all; Pillow's remaining decoders are never run on foreign files."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Beyond this many pixels Pillow itself refuses to open an image."""
 
@@ -28,6 +33,8 @@ class Reason(StrEnum):
     """Why a record is not kept. Checks run in this order, those of the record before those of its image, and those
     over all records (`duplicate_`) last; a record carries the first code that applies."""
 
+    BAD_ROW = "bad_row"
+    """A row of a table of labels cannot be read."""
     BAD_JSON = "bad_json"
     """No JSON, not UTF-8, too long or too deep to read; or the place from which on a JSON array is broken."""
     NOT_A_RECORD = "not_a_record"
@@ -94,9 +101,12 @@ class Reason(StrEnum):
     DUPLICATE_NEAR_IMAGE = "duplicate_near_image"
     """An image within `near_duplicate_bits` of this one is in a split that is held out more."""
 
+    CONFLICTING_LABELS = "conflicting_labels"
+    """Kind images: records of the same image name different labels."""
+
     @property
     def is_duplicate(self) -> bool:
-        """Whether the record is sound, but one too many."""
+        """True where the record is sound, but one too many."""
         return self.startswith("duplicate_")
 
 
@@ -143,8 +153,9 @@ class IngestRules(Section):
     """Absolute folder on another machine that image paths start with; the images' root stands in its place."""
     max_image_bytes: PositiveInt = Field(32 * 2**20, le=2**30)
     """Of an image file."""
-    max_pixels: PositiveInt = Field(50_000_000, le=PILLOW_MAX_PIXELS)
-    """Width x height of an image, read from its header before anything is decoded."""
+    max_pixels: PositiveInt = Field(25_000_000, le=PILLOW_MAX_PIXELS)
+    """Width x height of an image, read from its header before anything is decoded. Decoding takes up to 4 bytes a pixel
+    in a task: 100 MB at the default."""
     min_side: PositiveInt = 16
     """Shortest side of an image that is allowed, pixels."""
     animated: Literal["reject", "first_frame"] = "reject"
@@ -172,6 +183,8 @@ class IngestRules(Section):
                 problems.append("stated_pattern: it must have one group, the label")
         except re.error as error:
             problems.append(f"stated_pattern: no regular expression ({error})")
+        if unknown := set(self.convert_formats) - set(CONVERTIBLE_FORMATS):
+            problems.append(f"convert_formats: {', '.join(sorted(unknown))}; use {', '.join(CONVERTIBLE_FORMATS)}")
         if self.foreign_root and not self.foreign_root.startswith("/"):
             problems.append(f"foreign_root: {self.foreign_root!r} must be an absolute path")
         if problems:

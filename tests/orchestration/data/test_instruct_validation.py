@@ -13,8 +13,8 @@ from broken_records import asked, conversation, reasoned, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.instruct.rules import IngestRules, Reason, RejectedRecordError, load_rules
-from orchestration.instruct.validation import Record, check_record, parse_document
+from orchestration.data.ingest_rules import IngestRules, Reason, RejectedRecordError, load_rules
+from orchestration.data.record_checks import Record, check_record, parse_document
 from tinyemo.errors import ConfigError
 from tinyemo.taxonomies import TAXONOMIES
 
@@ -236,7 +236,10 @@ def test_rules_come_from_a_file_with_options_laid_over_it(tmp_path: Path) -> Non
         ("max_pixel=5", "max_pixel: unknown key; known keys: taxonomy, tasks"),
         ("max_pixels=0", "max_pixels: input should be greater than 0, got 0"),
         ("max_pixels=200000000", "max_pixels: input should be less than or equal to 178956970"),
-        ("taxonomy=plutchik", "taxonomy: input should be 'ekman', 'mikels' or 'parrott', got 'plutchik'"),
+        (
+            "taxonomy=plutchik",
+            "taxonomy: unknown taxonomy 'plutchik': it must be one of ekman, mikels, parrott, or a .toml",
+        ),
         ("held_out.train=0.5", "held_out.train: 0.5 is no fraction of a split that is held out"),
         ("held_out.test=0.95", "held_out: the fractions sum to 1 or more"),
         ("held_out=0.1", "held_out: input should be a valid dictionary"),

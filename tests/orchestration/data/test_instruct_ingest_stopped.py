@@ -13,9 +13,9 @@ import pytest
 from broken_records import Corpus, encode, picture, record
 from ingested_records import ingest, left_in
 
+from orchestration.data import ingest_tasks as instruct_tasks
+from orchestration.data.ingest import ingest_instruct
 from orchestration.data.manifest import load_manifest, verify_manifest
-from orchestration.instruct import tasks as instruct_tasks
-from orchestration.instruct.ingest import ingest_instruct
 from tinyemo.errors import ConfigError, DataError, PlatformError
 
 
@@ -57,8 +57,8 @@ def test_an_ingest_that_ends_between_the_phases_leaves_no_version_and_no_staging
 KILLED_DRIVER = """
 import os, signal, sys
 from broken_records import RULES
-from orchestration.instruct.ingest import ingest_instruct
-from orchestration.instruct.rules import Layout
+from orchestration.data.ingest import ingest_instruct
+from orchestration.data.ingest_rules import Layout
 
 def die(stage, done, total):
     if (stage, done) == ("check", total):

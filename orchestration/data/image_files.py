@@ -18,17 +18,18 @@ import imagehash
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from orchestration.instruct.rules import IngestRules, Reason
-from orchestration.instruct.validation import quoted, reject
+from orchestration.data.ingest_rules import CONVERTIBLE_FORMATS, KEPT_FORMATS, IngestRules, Reason
+from orchestration.data.record_checks import quoted, reject
 from orchestration.services import storage
 from tinyemo.errors import DataError
 
-KEPT_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})
-"""Pillow's names of the formats whose bytes are stored as they came. MPO is what phones write: a JPEG with a second,
-smaller picture behind it, which readers of JPEG pass over."""
+OPENED_FORMATS = [name for name in (*KEPT_FORMATS, *CONVERTIBLE_FORMATS) if name != "MPO"]  # JPEG opens MPO
 KEPT_MODES = frozenset({"RGB", "L"})
 FLAT_DEVIATION = 2.0
 """Grey levels. Below this standard deviation a picture is one colour, and its perceptual hash is noise."""
+MAX_WHOLE_PIXELS = 4_000_000
+"""A JPEG with more pixels is decoded in reduced size for its hash: 7,000 x 7,000 would take 240 MB."""
+HASHED_SIDE = 512
 READ_AHEAD = 8
 """Images that may be on their way to a task while it decodes."""
 
@@ -108,9 +109,12 @@ def _read_file(path: str, root: str, max_bytes: int) -> bytes:
         real_root, real = os.path.realpath(root), os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([real_root, real]) != real_root:
             reject(Reason.IMAGE_OUTSIDE_ROOT, f"{quoted(path)} is a link that leads out of the images' root")
-        if not stat.S_ISREG(os.stat(real).st_mode):  # reading a pipe would wait for ever
+        # The path is real, so a link in its place was put there after the check above; a pipe must not block.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             reject(Reason.IMAGE_MISSING, f"{quoted(path)} is no file")
-        with open(real, "rb") as file:
+        with open(descriptor, "rb") as file:
             return file.read(max_bytes + 1)
     except OSError as error:
         if error.errno in _NO_FILE:
@@ -138,11 +142,15 @@ def inspect_image(data: bytes, rules: IngestRules) -> ImageFacts:
         RejectedRecordError: it breaks a rule, is broken itself, or is no image.
     """
     image = _open(data, rules)
-    stored = data
+    stored, size = data, image.size
     if _is_converted(image):
         image, stored = _convert(image)
+    elif image.width * image.height > MAX_WHOLE_PIXELS:
+        image.draft(
+            "L", (HASHED_SIDE, HASHED_SIDE)
+        )  # a JPEG is decoded at an eighth of its size, all of its bytes read
     _load(image)
-    return ImageFacts(hashlib.sha256(stored).hexdigest(), len(stored), *image.size, perceptual_hash(image))
+    return ImageFacts(hashlib.sha256(stored).hexdigest(), len(stored), *size, perceptual_hash(image))
 
 
 def stored_image(data: bytes, rules: IngestRules) -> tuple[bytes, int, int]:
@@ -170,10 +178,10 @@ def _open(data: bytes, rules: IngestRules) -> Image.Image:
     if not data:
         reject(Reason.IMAGE_UNREADABLE, "the file is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=OPENED_FORMATS)
         num_frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        reject(Reason.IMAGE_UNREADABLE, "no image format that Pillow knows")
+        reject(Reason.IMAGE_UNREADABLE, f"none of the formats {', '.join(OPENED_FORMATS)}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reject(Reason.IMAGE_TOO_LARGE, str(error).splitlines()[0])
     except Exception as error:  # noqa: BLE001  # a broken file makes Pillow's readers raise whatever they stumble over

@@ -36,8 +36,8 @@ from tinyemo.errors import DataError
 from tinyemo.taxonomies import TAXONOMIES
 
 if TYPE_CHECKING:
+    from orchestration.data.ingest import IngestReport
     from orchestration.data.manifest import Advance
-    from orchestration.instruct.ingest import InstructReport
 
 SOURCE = "oasis-template"
 TAXONOMY = "mikels"
@@ -339,7 +339,7 @@ def ingest_oasis(
     rules: OasisRules = OasisRules(),
     is_forced: bool = False,
     advance: Advance | None = None,
-) -> InstructReport:
+) -> IngestReport:
     """Store OASIS as instruct records under `<root>/<name>/<version>`; see `ingest_instruct`.
 
     Args:
@@ -353,8 +353,8 @@ def ingest_oasis(
         AssetError: no source of the photographs answers.
         TinyEmoError: see `ingest_instruct`.
     """
-    from orchestration.instruct.ingest import ingest_instruct
-    from orchestration.instruct.rules import IngestRules
+    from orchestration.data.ingest import ingest_instruct
+    from orchestration.data.ingest_rules import IngestRules
 
     folder = get_asset("oasis")
     note = read_provenance(folder)

@@ -1,7 +1,7 @@
-"""Instruct records and their images into S3: stage, check, decide, write, and the manifest last.
+"""Images and instruct records into S3: stage, check, decide, write, and the manifest last.
 
-    records file -> chunks of text in S3 -> tasks check records and images -> facts on the driver
-                 -> ids, splits, duplicates, digest -> tasks write shards -> index, rejected, card -> manifest -> latest
+    table, folder or file of records -> chunks of text in S3 -> tasks check records and images -> facts on the driver
+    -> ids, splits, duplicates, digest -> tasks write shards -> index, rejected, card -> manifest -> latest
 
 The driver holds facts (under 300 bytes a record), never texts or images; tasks read those themselves. A version is
 named by its digest, so the same input makes the same version, and nothing is stored twice.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,42 +22,43 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from orchestration.assets.inputs import sha256_of_file
+from orchestration.data.data_card import (
+    CARD,
+    CONTACT_SHEET,
+    NUM_SAMPLES,
+    contact_sheet,
+    has_mlflow,
+    show_in_mlflow,
+    write_card,
+)
+from orchestration.data.decisions import FACT_SCHEMA, ShardPlan, decide, digest_of, plan_shards
+from orchestration.data.image_files import require_root
+from orchestration.data.ingest_rules import SPLIT_NAME, IngestRules, Layout, Reason
+from orchestration.data.ingest_tasks import ShardWork, Source, check_chunks, places_by_chunk, write_shards
 from orchestration.data.manifest import (
     REJECTED_SCHEMA,
     VERSION_LENGTH,
     Advance,
-    FileRef,
+    Kind,
     Manifest,
     Rejected,
     Shard,
     check_destination,
+    count_splits,
+    count_values,
     existing_version,
     point_latest_at,
     publish,
     put_file,
     put_index,
+    put_rejected,
 )
-from orchestration.instruct.data_card import (
-    CARD,
-    CONTACT_SHEET,
-    NUM_SAMPLES,
-    contact_sheet,
-    count_splits,
-    has_mlflow,
-    show_in_mlflow,
-    write_card,
-)
-from orchestration.instruct.decisions import FACT_SCHEMA, ShardPlan, decide, digest_of, plan_shards
-from orchestration.instruct.images import require_root
-from orchestration.instruct.records import Staged, read_chunk, remove_staged, stage_records
-from orchestration.instruct.rules import SPLIT_NAME, IngestRules, Layout, Reason
-from orchestration.instruct.tasks import ShardWork, Source, check_chunks, places_by_chunk, write_shards
+from orchestration.data.staging import Staged, read_chunk, stage_labels, stage_records
 from orchestration.services import storage
-from orchestration.services.interruption import sigterm_interrupts
 from tinyemo.errors import ConfigError, DataError, StorageError
+from tinyemo.taxonomies import TAXONOMIES, describe_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ Data = Literal["real", "generated"]
 
 
 @dataclass(frozen=True)
-class InstructReport:
-    """What an ingest did."""
+class IngestReport:
+    """Result of an ingest."""
 
     manifest: Manifest
     is_unchanged: bool
@@ -77,12 +77,12 @@ class InstructReport:
     uploaded_bytes: int
     seconds: float
     run_url: str | None = None
-    """Of the MLflow run that holds the card; None where there is no server or nothing changed."""
+    """Page of the MLflow run that holds the card; None where there is no server or nothing changed."""
 
     @property
     def rows_duplicate(self) -> int:
         """Sound records that are one too many."""
-        return sum(rows for reason, rows in self.manifest.rejected.reasons.items() if Reason(reason).is_duplicate)
+        return sum(rows for reason, rows in self.manifest.rejected.reasons.items() if reason.startswith("duplicate_"))
 
     @property
     def rows_rejected(self) -> int:
@@ -94,6 +94,7 @@ class InstructReport:
 class _Job:
     """The arguments of an ingest that what it stores depends on."""
 
+    kind: Kind
     name: str
     root: str
     layout: Layout
@@ -104,12 +105,54 @@ class _Job:
 
     @property
     def all_rules(self) -> dict[str, Any]:
-        """What the manifest says under `rules`."""
+        """The manifest's `rules`."""
         return {**self.rules.model_dump(mode="json"), **self.extra_rules}
 
     def uri(self, folder: str) -> str:
-        """Address of a folder of the data set."""
+        """Return the address of a folder of the data set."""
         return f"{self.root.rstrip('/')}/{self.name}/{folder}"
+
+
+def ingest_images(
+    labels: str | Path | None,
+    images: str | Path,
+    *,
+    name: str,
+    root: str,
+    rules: IngestRules = IngestRules(),
+    split: str | None = None,
+    layout: Layout = Layout(),
+    is_forced: bool = False,
+    advance: Advance | None = None,
+) -> IngestReport:
+    """Store photographs with a label each under `<root>/<name>/<version>`; see `ingest_instruct` for the rest.
+
+    Args:
+        labels: table (.csv or .tsv, local or in S3) with the columns image, label or emotion, and optionally split and
+            id; None: the folder of an image names its label, and a folder train, test, val, validation or dev above
+            that its split.
+        images: local folder or S3 folder that the table's paths are relative to.
+        name: the data set's name in S3.
+        root: `s3://bucket/folder`.
+        rules: which records are kept.
+        split: of images that name none; None: the image decides, see `IngestRules.held_out`.
+        layout: how shards are cut.
+        is_forced: upload again even where the version is there.
+        advance: progress callback.
+
+    Raises:
+        TinyEmoError: see `ingest_instruct`; DataError only where no image is left.
+    """
+    source, folder = (None if labels is None else _absolute(labels)), _absolute(images)
+
+    def stage(uri: str, advance: Advance) -> Staged:
+        return stage_labels(source, folder, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+
+    file = {"name": _file_name(source or folder)}
+    return _ingest(
+        "images", stage, folder, file, name=name, root=root, rules=rules, split=split, layout=layout,
+        is_forced=is_forced, advance=advance,
+    )  # fmt: skip
 
 
 def ingest_instruct(
@@ -126,7 +169,7 @@ def ingest_instruct(
     layout: Layout = Layout(),
     is_forced: bool = False,
     advance: Advance | None = None,
-) -> InstructReport:
+) -> IngestReport:
     """Store LLaVA records and their images under `<root>/<name>/<version>` and point `<root>/<name>/latest.json` at it.
 
     The work runs in Ray Data tasks on the cluster that RAY_ADDRESS names. Local paths must be there on every node.
@@ -150,28 +193,54 @@ def ingest_instruct(
         DataError: the input cannot be read, or too many of its records are rejected.
         StorageError, PlatformError: S3, Ray or MLflow fails; the former version stays the latest.
     """
+    path, folder = _absolute(records), _absolute(images)
+
+    def stage(uri: str, advance: Advance) -> Staged:
+        return stage_records(path, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+
+    return _ingest(
+        "instruct", stage, folder, {"name": _file_name(path), **(source or {})}, name=name, root=root, rules=rules,
+        split=split, data=data, extra_rules=extra_rules, layout=layout, is_forced=is_forced, advance=advance,
+    )  # fmt: skip
+
+
+def _ingest(
+    kind: Kind,
+    stage: Callable[[str, Advance], Staged],
+    images: str,
+    source: dict[str, Any],
+    *,
+    name: str,
+    root: str,
+    rules: IngestRules,
+    split: str | None,
+    layout: Layout,
+    is_forced: bool,
+    advance: Advance | None,
+    data: Data = "real",
+    extra_rules: dict[str, Any] | None = None,
+) -> IngestReport:
     started = time.monotonic()
     _check_arguments(split, extra_rules or {})
     check_destination(name, root)
-    records, images = _absolute(records), _absolute(images)
     require_root(images)
     _require_servers()
     advance = advance or (lambda stage, done, total: None)
-    with sigterm_interrupts(), _staging(f"{root.rstrip('/')}/{name}") as staging:
-        staged = stage_records(records, staging, records_per_chunk=layout.records_per_chunk, advance=advance)
-        file = records if records.startswith("s3://") else Path(records).name
-        description = {"kind": "records", "name": file, **(source or {}), "files": {file: staged.sha256}}
-        job = _Job(name, root, layout, rules, extra_rules or {}, data, description)
-        origin = Source(staged, images, rules)
-        decided = decide(_check(origin, advance), rules, split)
+    with _staging(f"{root.rstrip('/')}/{name}") as staging:
+        staged = stage(staging, advance)
+        files = {source["name"]: staged.sha256} if staged.sha256 else {}
+        description = {"kind": "records" if kind == "instruct" else "images", **source, "files": files}
+        job = _Job(kind, name, root, layout, rules, extra_rules or {}, data, description)
+        origin = Source(kind, staged, images, rules)
+        decided = decide(_check(origin, advance), rules, split, kind)
         manifest, is_unchanged = _store(job, origin, decided, is_forced, advance)
     if is_unchanged:
         point_latest_at(manifest)
-        return InstructReport(manifest, True, 0, 0, time.monotonic() - started)
+        return IngestReport(manifest, True, 0, 0, time.monotonic() - started)
     publish(manifest)
     url = show_in_mlflow(manifest)
     sizes = [file.num_bytes for file in manifest.files()]
-    return InstructReport(manifest, False, len(sizes), sum(sizes), time.monotonic() - started, url)
+    return IngestReport(manifest, False, len(sizes), sum(sizes), time.monotonic() - started, url)
 
 
 def _check_arguments(split: str | None, extra_rules: dict[str, Any]) -> None:
@@ -186,6 +255,10 @@ def _check_arguments(split: str | None, extra_rules: dict[str, Any]) -> None:
 def _absolute(path: str | Path) -> str:
     """An S3 address as it is, a local path as tasks in other folders need it."""
     return str(path) if str(path).startswith("s3://") else str(Path(path).absolute())
+
+
+def _file_name(path: str) -> str:
+    return path if path.startswith("s3://") else Path(path).name
 
 
 def _require_servers() -> None:
@@ -206,7 +279,7 @@ def _staging(uri: str) -> Iterator[str]:
         yield staging
     finally:
         try:
-            remove_staged(staging)
+            storage.delete_prefix(staging)
         except StorageError as error:  # never hides why the block ended
             logger.warning("%s may be left behind: %s", staging, error)
 
@@ -225,10 +298,9 @@ def _check(source: Source, advance: Advance) -> pa.Table:
 
 
 def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advance: Advance) -> tuple[Manifest, bool]:
-    """The manifest of the version, which lacks nothing but itself, and whether it was there already."""
+    """Return the manifest of the version, which lacks nothing but itself, and whether it was there already."""
     plans = plan_shards(decided, job.layout)
-    header = [1, "instruct", job.data, job.layout.model_dump(mode="json"), job.all_rules]
-    digest = digest_of(decided, plans, header)
+    digest = digest_of(decided, plans, [2, job.kind, job.data, job.layout.model_dump(mode="json"), job.all_rules])
     version = digest[:VERSION_LENGTH]
     _require_enough(job, source.staged, decided, f"failed-{version}")
     uri = job.uri(version)
@@ -237,18 +309,15 @@ def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advanc
         return existing, True
     storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
     shards, pictures = _write_shards(job, source, decided, plans, uri, advance)
-    rejected = _write_rejected(source.staged, decided, uri)
+    rejected = _write_rejected(job, source.staged, decided, uri)
     num_kept = sum(shard.rows for shard in shards)
     if decided.num_rows != num_kept + rejected.rows:
         raise AssertionError(f"{decided.num_rows} records in, {num_kept} kept, {rejected.rows} not kept")
     kept = decided.take(pa.array(np.concatenate([plan.rows for plan in plans])))
-    splits, tasks = count_splits(kept, list(dict.fromkeys(plan.split for plan in plans)))
-    card = write_card(job.name, job.data, job.description, job.all_rules, splits, tasks, rejected.reasons, kept)
-    index = put_index(uri, kept, [len(plan.rows) for plan in plans])
-    card_file = put_file(uri, CARD, card.encode())
-    put_file(uri, CONTACT_SHEET, contact_sheet(pictures))
-    return Manifest(
-        kind="instruct",
+    splits = count_splits(kept)
+    tasks = {split: count_values(kept.filter(pc.equal(kept["split"], split))["task"]) for split in splits}
+    manifest = Manifest(
+        kind=job.kind,
         name=job.name,
         version=version,
         digest=digest,
@@ -256,25 +325,27 @@ def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advanc
         data=job.data,
         source=job.description,
         taxonomy=job.rules.taxonomy,
+        rules=job.all_rules,
         rows_in=decided.num_rows,
+        rows_per_group=job.layout.rows_per_group,
         splits=splits,
         shards=shards,
-        index=index,
+        index=put_index(uri, kept, [shard.rows for shard in shards]),
         rejected=rejected,
-        rows_per_group=job.layout.rows_per_group,
-        tasks=tasks,
-        rules=job.all_rules,
-        card=card_file,
+        tasks=tasks if job.kind == "instruct" else {},
         uri=uri,
-    ), False
+    )
+    put_file(uri, CONTACT_SHEET, contact_sheet(pictures))
+    card = put_file(uri, CARD, write_card(manifest, kept).encode())
+    return manifest.model_copy(update={"card": card}), False
 
 
 def _require_enough(job: _Job, staged: Staged, decided: pa.Table, folder: str) -> None:
-    """DataError where too much is rejected or nothing is left; what was rejected is stored in `folder`."""
-    reasons = _count_reasons(decided)
+    """Raise DataError where nothing is left or, of instruct records, too much is rejected; the rejected are stored."""
+    reasons = count_values(decided["reason"])
     num_rejected = sum(count for reason, count in reasons.items() if not Reason(reason).is_duplicate)
     num_kept = decided.num_rows - sum(reasons.values())
-    limit = job.rules.max_rejected_fraction
+    limit = job.rules.max_rejected_fraction if job.kind == "instruct" else 1.0
     if num_kept and num_rejected <= limit * decided.num_rows:
         repeated = reasons.get(Reason.DUPLICATE_ID, 0)
         if job.rules.repeated_id == "reject" and repeated > 0.1 * decided.num_rows:
@@ -284,18 +355,38 @@ def _require_enough(job: _Job, staged: Staged, decided: pa.Table, folder: str) -
                 decided.num_rows,
             )
         return
-    file = _write_rejected(staged, decided, job.uri(folder))
+    file = _write_rejected(job, staged, decided, job.uri(folder))
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     what = (
         f"{num_rejected} of {decided.num_rows} records are rejected, more than max_rejected_fraction {limit:g}"
         if num_kept
         else f"none of {decided.num_rows} records can be kept"
     )
-    raise DataError(f"{what}: {listed}; see {job.uri(folder)}/{file.path}")
+    raise DataError(f"{what}: {listed}{_advice(job, decided)}; see {job.uri(folder)}/{file.path}")
 
 
-def _count_reasons(decided: pa.Table) -> dict[str, int]:
-    return dict(sorted(Counter(decided["reason"].drop_null().to_pylist()).items()))
+def _advice(job: _Job, decided: pa.Table) -> str:
+    """Return what would help where most records are rejected for one reason; empty where we know nothing."""
+    (reason, _count), *_ = Counter(decided["reason"].drop_null().to_pylist()).most_common(1)
+    lost = decided.filter(pc.equal(decided["reason"], reason))
+    if reason == Reason.IMAGE_MISSING:
+        return f" ({lost['detail'][0].as_py()} under the images' folder; paths are relative to it)"
+    if reason != Reason.LABEL_UNKNOWN:
+        return ""
+    seen = [word for word, _ in Counter(lost["label"].drop_null().to_pylist()).most_common(8)]
+    if not seen:
+        return f" ({lost['detail'][0].as_py()})"
+    fits = [
+        describe_taxonomy(taxonomy)
+        for taxonomy in TAXONOMIES.values()
+        if taxonomy != job.rules.taxonomy and all(taxonomy.label(word) for word in seen)
+    ]
+    hint = (
+        f"taxonomies that have them: {', '.join(map(str, fits))}"
+        if fits
+        else "name your own words with a taxonomy file"
+    )
+    return f" (taxonomy {job.rules.taxonomy.name}, labels seen: {', '.join(seen)}; {hint})"
 
 
 def _write_shards(
@@ -339,20 +430,14 @@ def _sha256_rows(decided: pa.Table, plan: ShardPlan) -> np.ndarray[Any, np.dtype
     return np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 32)
 
 
-def _write_rejected(staged: Staged, decided: pa.Table, uri: str) -> Rejected:
-    """Store every record that is not kept, with its reason; one chunk is in memory at a time."""
+def _write_rejected(job: _Job, staged: Staged, decided: pa.Table, uri: str) -> Rejected:
+    """Store every record that is not kept, with its reason and its text."""
     positions = np.flatnonzero(decided["reason"].is_valid().to_numpy())
-    columns = [name for name in REJECTED_SCHEMA.names if name not in ("record", "file")]
-    with tempfile.TemporaryDirectory(prefix="tinyemo-rejected-") as folder:
-        path = Path(folder) / "rejected.parquet"
-        with pq.ParquetWriter(path, REJECTED_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-            for chunk, places in places_by_chunk(staged, positions):
-                raws = read_chunk(staged.uri, chunk)
-                texts = [raws[place].text.decode(errors="backslashreplace") for place in places.tolist()]
-                table = decided.select(columns).take(pa.array(places + staged.starts[chunk]))
-                table = table.append_column("record", pa.array(texts))
-                table = table.append_column("file", pa.nulls(len(texts), pa.string()))
-                writer.write_table(table.select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA))
-        storage.upload_file(path, f"{uri}/{path.name}")
-        file = FileRef(path=path.name, num_bytes=path.stat().st_size, sha256=sha256_of_file(path))
-    return Rejected(**file.model_dump(), rows=len(positions), reasons=_count_reasons(decided))
+    texts: list[str] = []
+    for chunk, places in places_by_chunk(staged, positions):
+        raws = read_chunk(staged.uri, chunk)
+        texts += [raws[place].text.decode(errors="backslashreplace") for place in places.tolist()]
+    table = decided.select([name for name in REJECTED_SCHEMA.names if name not in ("record", "file")])
+    table = table.take(pa.array(positions)).append_column("record", pa.array(texts, pa.string()))
+    files = pa.array([job.description["name"]] * len(texts), pa.string())
+    return put_rejected(uri, table.append_column("file", files).select(REJECTED_SCHEMA.names))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from orchestration.instruct.images import (
+from orchestration.data.image_files import (
     ImageFacts,
     inspect_image,
     path_under_root,
@@ -24,7 +24,7 @@ from orchestration.instruct.images import (
     read_image,
     stored_image,
 )
-from orchestration.instruct.rules import IngestRules, Reason, RejectedRecordError
+from orchestration.data.ingest_rules import IngestRules, Reason, RejectedRecordError
 
 RULES = IngestRules()
 parts = st.sampled_from(["..", ".", "a", "b.jpg", "", "..a", "...", "/", " ", "\0", "é", "s3:", "~"])

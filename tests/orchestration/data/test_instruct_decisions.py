@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration.data.decisions import FACT_SCHEMA, choose_split, decide, digest_of, plan_shards
+from orchestration.data.ingest_rules import IngestRules, Layout, Reason
 from orchestration.data.manifest import held_out_rank
-from orchestration.instruct.decisions import FACT_SCHEMA, choose_split, decide, digest_of, plan_shards
-from orchestration.instruct.rules import IngestRules, Layout, Reason
 
 RULES = IngestRules()
 SPLITS = ("train", "validation", "test", "extra")

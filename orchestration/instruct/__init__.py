@@ -1,1 +1,0 @@
-"""From LLaVA records and images to a checked instruct data set."""
