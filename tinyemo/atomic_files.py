@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 

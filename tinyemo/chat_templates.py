@@ -1,4 +1,4 @@
-"""The forms in which a conversation is put before a language model, each as the pieces of its prompt.
+"""Chat templates: each turns a conversation into the pieces of a language model's prompt.
 
 A prompt ends where the answer begins; a template's `before_answer` is the first thing that the model writes, because a
 tokenizer that merges a space with the word behind it would otherwise see another prompt than it was trained on.
@@ -23,7 +23,7 @@ PHI_SYSTEM = (
 
 
 class Mark(Enum):
-    """A piece that is no text."""
+    """A piece of a prompt that is not text."""
 
     BEGIN = "begin"
     """The tokenizer's BOS, where it has one."""
@@ -40,7 +40,7 @@ Piece = str | Mark
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer, None where that is still to come.
+    """A question and its answer; the answer is None where the model is to give it.
 
     Attributes:
         system: what stands before the first question; None for the template's own.
@@ -57,7 +57,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Template:
-    """One form.
+    """One chat template.
 
     Attributes:
         prompt: the pieces between the answer before and this exchange's own.
@@ -69,7 +69,7 @@ class Template:
 
 
 def _image_line(exchange: Exchange) -> list[Piece]:
-    """LLaVA's `<image>` and a line break, before whatever the question says."""
+    """Return LLaVA's `<image>` and a line break, which stand before the question."""
     return [Mark.IMAGE, "\n"] if exchange.has_image else []
 
 

@@ -52,19 +52,19 @@ class ChatTokenizer:
         self._has_first_space = plain != self.encode(_PROBE)
 
     def encode(self, text: str, *, is_first: bool = False) -> list[int]:
-        """Ids of a text that continues what stands before it, or begins a sequence; no special tokens."""
+        """Return the ids of a text that continues a sequence or begins it, without special tokens."""
         if is_first and self._has_first_space and text and not text.startswith(" "):
             text = f" {text}"
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, its first space included; special tokens are left out."""
+        """Return the text of ids, including a first space and without special tokens."""
         text: str = self._tokenizer.decode(ids)
         return text
 
     def normalize(self, text: str) -> str:
-        """The text as the tokenizer sees it: Qwen2's composes accents, SentencePiece's writes a space as its letter."""
+        """Normalise text as the tokenizer does: Qwen2 composes accents, SentencePiece writes a space as its letter."""
         if self._has_first_space:
             text = text.replace(SPACE_LETTER, " ")
         normalizer = self._tokenizer.normalizer

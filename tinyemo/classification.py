@@ -1,4 +1,4 @@
-"""What a trained projector says about images: figures over labelled rows, labels and scores for any rows and words."""
+"""Evaluation of a trained projector on labelled rows, and its labels and scores for any rows and words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS_PER_FORWARD = 4096
 
 
 def evaluate_projector(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> Scores:
-    """Accuracy, recalls and confusion over every row of the table; nothing is dropped.
+    """Compute accuracy, recalls and the confusion matrix over every row of the table.
 
     Raises:
         DataError: the table has no labels, a label is not among the words, a word has no embedding, or widths differ.
@@ -42,7 +42,7 @@ def evaluate_projector(projector: MetricProjector, table: FeatureTable, words: S
 
 @dataclass(frozen=True)
 class ZeroShotScores:
-    """Figures on labels that were left out of training, beside those on the others."""
+    """Scores on labels that were left out of training, and on the other labels."""
 
     seen: Scores | None
     """Rows of the other labels, told apart among those; None where there are none."""
@@ -57,7 +57,7 @@ class ZeroShotScores:
 def evaluate_left_out(
     projector: MetricProjector, table: FeatureTable, words: Sequence[str], left_out: Sequence[str]
 ) -> ZeroShotScores:
-    """Accuracy on labels that the projector was not trained on, even where it is at chance.
+    """Compute the accuracy on labels that the projector was not trained on, even where it is at chance.
 
     Args:
         projector: trained without `left_out`.
@@ -103,7 +103,7 @@ def _rows_of(table: FeatureTable, words: Sequence[str]) -> FeatureTable:
 
 
 def predict_labels(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> list[dict[str, Any]]:
-    """For each row its id, the nearest word as `label`, and `scores`: the cosine of each word, highest first.
+    """Return each row's `id`, its nearest word as `label`, and `scores`: the cosine of each word, highest first.
 
     Raises:
         DataError: a word has no embedding, or widths differ.
@@ -126,6 +126,6 @@ def _canonical(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _scores(projector: MetricProjector, table: FeatureTable, words: Sequence[str]) -> Iterator[Tensor]:
-    """(B, C) cosines, a few thousand rows at a time."""
+    """Yield (B, C) cosines, a few thousand rows at a time."""
     for features in table.features.split(ROWS_PER_FORWARD):  # type: ignore[no-untyped-call]
         yield projector.classify(features, words)

@@ -36,7 +36,7 @@ class ProjectorConfig(Section):
 
 
 class LabelConfig(Section):
-    """Which words are the labels, and what text and language model stand for them."""
+    """Words that are the labels, and the text and the language model that represent them."""
 
     llm: str = "smollm2-135m"
     """Name in the family whose input embeddings are the labels' space."""
@@ -93,7 +93,7 @@ PUBLISHED_TEMPERATURES = {"nt_xent": 0.07, "info_nce": 0.1, "prototype": 0.07}
 
 
 class LossConfig(Section):
-    """Which loss trains the projector."""
+    """Loss that trains the projector, and its parameters."""
 
     name: Literal["cosine", "nt_xent", "info_nce", "prototype"] = "nt_xent"
     """cosine, nt_xent and info_nce are published; prototype is a softmax over all labels of the taxonomy."""

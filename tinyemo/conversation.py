@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, in one of the forms of `tinyemo.chat_templates`. T tokens.
+"""Conversion of conversations to token ids and labels, by the templates of `tinyemo.chat_templates`. T tokens.
 
 The mask follows from how the ids are made: a prompt is encoded alone, as it is when the model is asked, and an answer
 is encoded alone and put behind it. Where the tokenizer would merge over that seam, what is trained is what is asked.
@@ -25,7 +25,7 @@ Turns = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as ids.
+    """A conversation as token ids.
 
     Attributes:
         input_ids: T ids; IMAGE_TOKEN_ID where the image goes.
@@ -46,7 +46,7 @@ def encode_conversation(
     task: str | None = None,
     record_id: str = "",
 ) -> Encoded:
-    """A conversation with its answers as labels, each closed by the end token, cut off after `max_length` tokens.
+    """Encode a conversation; its answers, each with an end token, are the labels. At most `max_length` tokens are kept.
 
     Args:
         turns: `<image>` once at most, in a human text; the template says where the image goes.
@@ -101,7 +101,7 @@ def encode_prompt(
     task: str | None = None,
     record_id: str = "",
 ) -> list[int]:
-    """The ids after which the model writes its answer to the last human turn; arguments as above.
+    """Encode a prompt, after which the model writes its answer to the last human turn; arguments as above.
 
     The ids of any conversation that goes on from here begin with these.
 
@@ -117,7 +117,7 @@ def encode_prompt(
 def _prompt(
     exchanges: list[Exchange], tokenizer: ChatTokenizer, template: TemplateName, image_tokens: int
 ) -> list[int]:
-    """Everything before the last exchange's answer."""
+    """Return the ids of everything before the last exchange's answer."""
     form = TEMPLATES[template]
     ids: list[int] = []
     for place, exchange in enumerate(exchanges):
@@ -128,7 +128,7 @@ def _prompt(
 
 
 def _exchanges(turns: Turns, has_image: bool, task: str | None, record_id: str) -> list[Exchange]:
-    """Questions with their answers; texts without the blanks around them."""
+    """Pair questions with their answers, and strip their texts."""
     system = None
     if turns and turns[0][0] == "system":
         system, turns = turns[0][1].strip(), turns[1:]
@@ -154,7 +154,7 @@ def _exchanges(turns: Turns, has_image: bool, task: str | None, record_id: str) 
 
 
 def _encode(pieces: list[Piece], tokenizer: ChatTokenizer, image_tokens: int, *, is_first: bool) -> list[int]:
-    """Ids of pieces; texts that stand side by side are encoded as one.
+    """Return the ids of pieces; adjacent texts are encoded as one.
 
     Args:
         is_first: whether they begin the sequence.
@@ -190,7 +190,7 @@ def _mark_ids(mark: Mark, tokenizer: ChatTokenizer, image_tokens: int) -> list[i
 
 
 def _require_given_back(said: str, answer: list[int], tokenizer: ChatTokenizer, record_id: str) -> None:
-    """What is learned says the answer: no character was lost on the way to ids."""
+    """Raise DataError unless the ids decode to the answer: no character may be lost."""
     back = tokenizer.decode(answer)
     if back != said and tokenizer.normalize(back) != tokenizer.normalize(said):
         raise DataError(

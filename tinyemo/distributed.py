@@ -21,22 +21,22 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
-    """Ranks in the default process group; 1 where there is none."""
+    """Return the number of ranks in the default process group; 1 where there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank in the default process group; 0 where there is none."""
+    """Return this process's rank in the default process group; 0 where there is none."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if it is float16 or bfloat16; float32 and float64 pass unchanged."""
+    """Return `x` in float32 if it is float16 or bfloat16; float32 and float64 pass unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    """(B, ...) on each rank -> (W * B, ...) in rank order; not differentiable."""
+    """Gather (B, ...) of each rank to (W * B, ...) in rank order; not differentiable."""
     gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     dist.all_gather_single(gathered, x.contiguous())
     return gathered
@@ -67,7 +67,7 @@ class _NormalizeByGlobalBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Gradient of x: both of its batch means run over all ranks."""
+        """Return the gradient of x, whose two batch means are over all ranks."""
         grad = grads[0]
         normalized, inverse_deviation, count = ctx.saved_tensors
         sums = torch.cat([grad.sum(0), (grad * normalized).sum(0)])
@@ -157,7 +157,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks in rank order, differentiable.
+    """Return the rows of all ranks in rank order; differentiable.
 
     Args:
         x: (B, ...) with the same shape on every rank.

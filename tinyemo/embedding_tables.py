@@ -38,11 +38,11 @@ class EmbeddingTable(Protocol):
 
     @property
     def name(self) -> str:
-        """The language model's name."""
+        """Name of the language model."""
 
     @property
     def revision(self) -> str:
-        """Which weights: a digest, a commit or a seed."""
+        """Version of the weights: a digest, a commit or a seed."""
 
     @property
     def width(self) -> int:
@@ -50,17 +50,17 @@ class EmbeddingTable(Protocol):
 
     @property
     def is_random(self) -> bool:
-        """Whether the rows are drawn and not learned."""
+        """True where the rows are drawn at random."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, no special tokens."""
+        """Return the token ids of `text`, without special tokens."""
 
     def rows(self, ids: list[int]) -> Tensor:
-        """(len(ids), D) float32."""
+        """Return the embeddings of token ids, (len(ids), D) float32."""
 
 
 class _RandomTable:
-    """Rows drawn for each token id alone: the table is never allocated, and the vocabulary has no end."""
+    """Rows drawn from each token id alone: the table is never allocated, and the vocabulary is unbounded."""
 
     is_random = True
 
@@ -85,7 +85,7 @@ class _RandomTable:
 
 
 class _StoredTable:
-    """A table in a file; `read` dequantises the rows asked for."""
+    """A table in a file; `read` dequantises the requested rows."""
 
     is_random = False
 
@@ -105,7 +105,7 @@ class _StoredTable:
 
     @cached_property
     def revision(self) -> str:
-        """The one given, or the first 12 hex digits of the SHA-256 of all rows in float32."""
+        """Given revision, or the first 12 hex digits of the SHA-256 of all rows in float32."""
         if self._revision is not None:
             return self._revision
         digest = hashlib.sha256()
@@ -127,7 +127,7 @@ class _StoredTable:
 def random_table(
     width: int, seed: int, tokenizer_source: EmbeddingTable | Path | None = None, *, name: str = "random"
 ) -> EmbeddingTable:
-    """A seeded table of any width that takes the place of one that is not reachable.
+    """Return a seeded table of any width, in place of one that cannot be reached.
 
     Args:
         width: D.
@@ -147,7 +147,7 @@ def random_table(
 
 
 def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None = None) -> EmbeddingTable:
-    """The table and tokenizer of a GGUF file; only the rows asked for are read and dequantised.
+    """Open the table and tokenizer of a GGUF file; only requested rows are read and dequantised.
 
     Args:
         path: the file.
@@ -185,7 +185,7 @@ def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None
 def open_safetensors_table(
     folder: Path, *, name: str | None = None, revision: str | None = None, tokenizer_source: Path | None = None
 ) -> EmbeddingTable:
-    """The table and tokenizer of a Hugging Face model folder; only the rows asked for are read.
+    """Open the table and tokenizer of a Hugging Face model folder; only requested rows are read.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json.
@@ -221,7 +221,7 @@ def open_safetensors_table(
 
 
 def _find_table(folder: Path) -> tuple[Path, str]:
-    """The file that holds the input embeddings, and the tensor's name in it."""
+    """Return the file that holds the input embeddings, and the tensor's name in it."""
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -237,13 +237,13 @@ def _find_table(folder: Path) -> tuple[Path, str]:
 
 
 def _hash_words(text: str) -> list[int]:
-    """One id for each word between spaces: its digest, in [0, 2**32)."""
+    """Return one id for each word between spaces: its digest, in [0, 2**32)."""
     digests = [hashlib.blake2b(word.encode(), digest_size=4).digest() for word in text.split()]
     return [int.from_bytes(digest, "big") for digest in digests]
 
 
 def _open_tokenize(source: Path) -> Tokenize:
-    """What splits a text into token ids, without special tokens and without a space put before it."""
+    """Return a function that splits a text into token ids, without special tokens or a space put before it."""
     tokenizer = open_tokenizer(source)
 
     def tokenize(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the vision encoder in a folder is and yields, read from its configuration: no weights are loaded.
+"""Description of the vision encoder in a folder, read from its configuration without loading weights.
 
 For EfficientNet-Lite0 nothing here imports torch; `tinyemo.vision` runs the encoders.
 """
@@ -41,7 +41,7 @@ _KINDS = {
 
 
 def describe_encoder(folder: Path, *, name: str, revision: str | None = None) -> EncoderSpec:
-    """What the encoder in a folder is and yields, read from its configuration; its weights are not loaded.
+    """Describe the encoder in a folder from its configuration; its weights are not loaded.
 
     Args:
         folder: of EfficientNet-Lite0's asset, or a model that transformers wrote.
@@ -82,7 +82,7 @@ def describe_encoder(folder: Path, *, name: str, revision: str | None = None) ->
 
 
 def describe_random_efficientnet() -> EncoderSpec:
-    """EfficientNet-Lite0 that was never trained."""
+    """Describe an EfficientNet-Lite0 with random weights."""
     return _describe_efficientnet(EFFICIENTNET_LITE0, "random", "random")
 
 
@@ -110,18 +110,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def read_vision_config(folder: Path) -> Any:
-    """transformers' configuration of the vision tower, also where it is a part of a model of images and texts."""
+    """Read transformers' configuration of a vision tower, also from a model of images and texts."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: config.json cannot be used: {first_line(error)}") from error
     return getattr(config, "vision_config", config)
 
 
 def _read_preprocessing(folder: Path) -> Preprocessing:
-    """The folder's own preprocessing, through transformers, which knows the older forms of that file.
+    """Read the folder's preprocessing through transformers, which knows the older forms of that file.
 
     Raises:
         DataError: it is missing, or does more than scaling, cropping and normalising.
@@ -129,7 +129,7 @@ def _read_preprocessing(folder: Path) -> Preprocessing:
     from transformers import AutoImageProcessor
 
     try:
-        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder} does not say how images are prepared: {first_line(error)}") from error
     if not (found.do_resize and found.do_rescale and found.do_normalize) or abs(found.rescale_factor * 255 - 1) > 1e-6:
@@ -156,7 +156,7 @@ def _read_preprocessing(folder: Path) -> Preprocessing:
 
 
 def _folder_revision(folder: Path) -> str:
-    """sha256 over the names and bytes of a folder's configuration and weights."""
+    """Return the sha256 over the names and bytes of a folder's configuration and weights."""
     digest = hashlib.sha256()
     files = sorted(path for pattern in ("config.json", "*.safetensors", "*.pth") for path in folder.glob(pattern))
     for path in files:
@@ -166,5 +166,5 @@ def _folder_revision(folder: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an exception says, or its name."""
+    """Return the first line of an exception's message, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

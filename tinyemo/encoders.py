@@ -1,4 +1,4 @@
-"""Which vision encoder made features, and from which pixels: what manifests, recipes and projectors name.
+"""Descriptions of vision encoders and of the pixels they read, as manifests, recipes and projectors store them.
 
 Nothing here imports torch; `tinyemo.vision` runs the encoders.
 """
@@ -26,7 +26,7 @@ PARQUET_KEY = b"tinyemo"
 
 
 class Preprocessing(Section):
-    """How an image becomes the pixels that an encoder reads, as RGB; everything that decides a pixel is here."""
+    """Conversion of an image into the RGB pixels that an encoder reads; equal values mean equal pixels."""
 
     resize: Literal["shortest_edge", "exact"]
     """Scale the shorter side to `size` and keep the shape, or both sides."""
@@ -41,12 +41,12 @@ class Preprocessing(Section):
     """What the rest is divided by."""
 
     def digest(self) -> str:
-        """sha256 over every field."""
+        """Return the sha256 over every field."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 class EncoderInfo(Section):
-    """Which network made features, and from which pixels."""
+    """Identity of the network that made features, and of its preprocessing."""
 
     name: str
     """For instance openai/clip-vit-large-patch14."""
@@ -58,7 +58,7 @@ class EncoderInfo(Section):
     """random: a network that was never trained, for tests; figures from its features mean nothing."""
 
     def matches(self, wanted: str) -> bool:
-        """Whether this is the encoder that a recipe names as `name` or `name@revision`."""
+        """Return True if a recipe names this encoder, as `name` or `name@revision`."""
         return wanted in (self.name, f"{self.name}@{self.revision}")
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class EncoderInfo(Section):
 
 
 class EncoderSpec(Section):
-    """An encoder with the shape of what it yields; enough to say where features go before any weights are read.
+    """An encoder and the shapes of its features, known before any weights are read.
 
     P patches, D their width, d width of the pooled feature.
     """
@@ -84,7 +84,7 @@ class EncoderSpec(Section):
 
 
 def encoder_in_metadata(metadata: Mapping[bytes, bytes] | None, source: str) -> EncoderInfo | None:
-    """The encoder that a Parquet file's metadata names, None where it names none.
+    """Return the encoder that a Parquet file's metadata names; None where it names none.
 
     Raises:
         DataError: what stands there is not ours.
@@ -100,17 +100,17 @@ def encoder_in_metadata(metadata: Mapping[bytes, bytes] | None, source: str) -> 
 
 
 def parquet_metadata(encoder: EncoderInfo) -> dict[bytes, bytes]:
-    """Metadata for a Parquet file of this encoder's features."""
+    """Return the metadata of a Parquet file with this encoder's features."""
     return {PARQUET_KEY: json.dumps({"encoder": encoder.model_dump()}).encode()}
 
 
 def card_entries(encoder: EncoderInfo | None) -> dict[str, str]:
-    """What a projector's card says about the encoder whose features it was trained on; nothing where unknown."""
+    """Return the entries of a projector's card for the encoder whose features it was trained on; none if unknown."""
     return {} if encoder is None else {f"encoder_{name}": str(value) for name, value in encoder.model_dump().items()}
 
 
 def encoder_of_card(card: Mapping[str, Any]) -> EncoderInfo | None:
-    """The encoder that `card_entries` wrote down; None in a card without one.
+    """Return the encoder in a card's entries; None in a card without them.
 
     Raises:
         DataError: the card names it in another form.
@@ -125,7 +125,7 @@ def encoder_of_card(card: Mapping[str, Any]) -> EncoderInfo | None:
 
 
 def find_conflict(trained_on: EncoderInfo | None, given: EncoderInfo | None) -> str | None:
-    """How two encoders differ, in words; None where they are one, or where nothing that is known says otherwise."""
+    """Say how two encoders differ; None where they are the same as far as is known."""
     if trained_on is None or given is None:
         return None
     for field in ("name", "revision", "preprocessing", "weights"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TinyEmoError(Exception):
-    """Something a user can act on; its text is one line that says what to do."""
+    """Base of the errors that a user can act on; the message is one line that says what to do."""
 
 
 class ConfigError(TinyEmoError):

@@ -89,7 +89,7 @@ FAMILY: dict[str, ModelSize] = {
 
 
 def find_size(name: str) -> ModelSize:
-    """The member of that name.
+    """Return the member of that name.
 
     Raises:
         ConfigError: the family has none.

@@ -23,7 +23,7 @@ LABEL_COLUMNS = ("emotion", "label")
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Rows of a feature file, in file order."""
+    """Rows of a feature file in the file's order."""
 
     ids: list[str]
     """N names of images."""
@@ -36,8 +36,7 @@ class FeatureTable:
 
 
 def read_features(path: Path) -> FeatureTable:
-    """The features of a Parquet file: columns `id`, `features` (lists of one width) and, if there is one, `emotion` or
-    `label`.
+    """Read the columns `id`, `features` (lists of one width) and `emotion` or `label`, if any, of a Parquet file.
 
     Raises:
         DataError: the file is missing, corrupt or empty, a column is missing or of the wrong type, widths differ, or a

@@ -45,7 +45,7 @@ class LabelEmbeddings:
     """Name or text of the label template."""
 
     def select(self, words: Sequence[str]) -> Tensor:
-        """(len(words), D) float32, in the order asked; aliases are accepted.
+        """Return (len(words), D) float32, in the order of `words`; aliases are accepted.
 
         Raises:
             DataError: some words have no embedding here; the message names them.
@@ -59,12 +59,12 @@ class LabelEmbeddings:
         return self.vectors[[place[canonical_word(word)] for word in words]]
 
     def missing(self, words: Sequence[str]) -> tuple[str, ...]:
-        """Those of `words` that have no embedding here, in canonical spelling."""
+        """Return the words that have no embedding here, in canonical spelling."""
         known = set(self.words)
         return tuple(dict.fromkeys(w for w in map(canonical_word, words) if w not in known))
 
     def extended(self, other: LabelEmbeddings) -> LabelEmbeddings:
-        """These and the other's new words, which must come from the same table and template.
+        """Return these embeddings and the other's new words, which must come from the same table and template.
 
         Raises:
             DataError: language model, revision, weights, template or width differ.
@@ -121,7 +121,7 @@ def known_words(taxonomy: Taxonomy | None = None) -> tuple[str, ...]:
 
 
 def embed_labels(table: EmbeddingTable, words: Sequence[str], template: str) -> LabelEmbeddings:
-    """The mean of the input embeddings of each label text's tokens, without special tokens.
+    """Embed labels: the mean of the input embeddings of each label text's tokens, without special tokens.
 
     The text is tokenised just as the template renders it. SentencePiece (Llama-2) marks the start of a word by itself;
     a byte-level BPE (SmolLM2, Phi-2) takes a leading space for it, which the template `spaced` puts there.

@@ -1,4 +1,4 @@
-"""The losses that pull an image to its label: three published ones (arXiv 2410.07062) and `prototype`, ours.
+"""Losses that pull an image to its label: three published ones (arXiv 2410.07062), and `prototype` of this project.
 
 All are vectorised, take L2-normalised embeddings, and compute in float32 or wider (float64 stays float64).
 
@@ -16,7 +16,7 @@ from tinyemo.distributed import at_least_float32
 
 
 def cosine_embedding(image_embeds: Tensor, text_embeds: Tensor, *, margin: float = 0.5) -> Tensor:
-    """Pull each image to its own label text; nothing pushes.
+    """Pull each image to its own label text, without negatives.
 
     Args:
         image_embeds: (B, D) float, L2-normalised.
@@ -82,7 +82,7 @@ def prototype(
     temperature: float = 0.07,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Softmax over all labels of the taxonomy, whatever the batch holds (ours).
+    """Softmax over all labels of the taxonomy, whatever the batch holds; not from the paper.
 
     Args:
         image_embeds: (B, D) float, L2-normalised.
@@ -106,7 +106,7 @@ def compute_loss(
     text_table: Tensor,
     label_embeds: Tensor,
 ) -> Tensor:
-    """The configured loss of one batch; image_embeds, text_table and label_embeds are L2-normalised by the caller.
+    """Compute the configured loss of one batch; the caller L2-normalises image_embeds, text_table and label_embeds.
 
     Args:
         config: name and constants of the loss.

@@ -1,4 +1,4 @@
-"""Classification figures from a confusion matrix, which adds up over batches and ranks.
+"""Classification scores from a confusion matrix, which adds up over batches and ranks.
 
 Shape letters: N samples, C classes.
 """
@@ -16,7 +16,7 @@ from tinyemo.errors import DataError
 
 @dataclass(frozen=True)
 class Scores:
-    """What a classifier got right."""
+    """Accuracy, recalls and confusion of a classifier."""
 
     top1_accuracy: float
     """Right over all samples, in [0, 1]."""
@@ -29,7 +29,7 @@ class Scores:
 
 
 def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64 counts; rows are true classes, columns predictions.
+    """Count (C, C) int64 pairs; rows are true classes, columns predictions.
 
     Args:
         targets: (N,) int64 in [0, C).
@@ -41,7 +41,7 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> 
 
 
 def scores_from_confusion(confusion: Tensor, words: Sequence[str]) -> Scores:
-    """Accuracy and recalls of a (C, C) confusion matrix whose classes are `words`.
+    """Compute accuracy and recalls from a (C, C) confusion matrix whose classes are `words`.
 
     Raises:
         DataError: the matrix counts no sample.

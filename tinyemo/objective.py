@@ -1,4 +1,4 @@
-"""What a projector is trained on: the loss of one optimizer step, the same under any trainer and any number of ranks.
+"""Training objective of a projector: the loss of one step, the same under any trainer and any number of ranks.
 
 Shape letters: B global batch, b this rank's part of it, T texts, C classes, D width, d encoder width.
 """
@@ -25,7 +25,7 @@ _DROPOUT, _SYNONYMS, _TAXONOMIES, _MIXUP = 1, 2, 3, 4
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Set torch's generator to what `step` of a run draws from, on every rank alike.
+    """Seed torch's generator for `step` of a run, alike on every rank.
 
     Random state is so a function of (seed, step): a resumed run needs none restored, and no rank draws its own.
     """
@@ -34,7 +34,7 @@ def seed_step(seed: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss with the texts it compares to.
+    """A loss and the texts that it compares images to.
 
     Attributes:
         label_embeds: (C, D) float32, L2-normalised.
@@ -56,7 +56,7 @@ class Objective:
     taxonomy_augmentation: float = 0.0
 
     def text_rows(self, labels: NDArray[np.int64], step: int) -> NDArray[np.int64]:
-        """Row of `text_table` for each sample of the global batch, (B,) int64; a function of (seed, step)."""
+        """Return each sample's row of `text_table` for the global batch, (B,) int64; a function of (seed, step)."""
         rows = labels
         for stream, probability, rows_of_label in (
             (_TAXONOMIES, self.taxonomy_augmentation, self.taxonomy_rows),
@@ -75,7 +75,7 @@ class Objective:
         return rows
 
     def mixing(self, num_rows: int, step: int) -> tuple[float, NDArray[np.int64]]:
-        """How `step` mixes: each sample's own weight in [0.5, 1], and its partner's place in the global batch, (B,)."""
+        """Return each sample's own weight in [0.5, 1] and its partner's place in the global batch, both (B,)."""
         rng = np.random.default_rng([self.seed, _MIXUP, step])
         weight = float(rng.beta(self.loss.mixup_alpha, self.loss.mixup_alpha))
         return max(weight, 1 - weight), rng.permutation(num_rows).astype(np.int64)
@@ -83,7 +83,7 @@ class Objective:
     def step_loss(
         self, project: Callable[[Tensor], Tensor], features: Tensor, labels: NDArray[np.int64], step: int
     ) -> Tensor:
-        """The loss of one step, () float32, equal on every rank.
+        """Compute the loss of one step, () float32, equal on every rank.
 
         Args:
             project: the projector or an engine around it: (b, d) to (b, D), L2-normalised.
@@ -116,7 +116,7 @@ class Objective:
         )
 
     def to(self, device: torch.device) -> Objective:
-        """The same with its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         return replace(self, label_embeds=self.label_embeds.to(device), text_table=self.text_table.to(device))
 
 
@@ -130,7 +130,7 @@ def build_objective(
     taxonomy: Taxonomy = TAXONOMIES["ekman"],
     taxonomy_augmentation: float = 0.0,
 ) -> Objective:
-    """The objective of telling `words` of `taxonomy` apart; the texts they are swapped for join the text table."""
+    """Build the objective of telling `words` of `taxonomy` apart; texts that replace them join the text table."""
     by_synonym = [taxonomy.synonyms.get(word, ()) if synonyms_probability else () for word in words]
     by_taxonomy = [other_labels(word, taxonomy) if taxonomy_augmentation else () for word in words]
     extra = [text for texts in (*by_synonym, *by_taxonomy) for text in texts]

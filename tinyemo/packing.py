@@ -1,4 +1,4 @@
-"""Token records of changing length as one tensor: packed one behind another, or padded to the longest.
+"""Token records of different lengths as one tensor: packed one after another, or padded to the longest.
 
 Shape letters: B records, T tokens: of all records where packed, of the longest where padded.
 """
@@ -23,7 +23,7 @@ TokenRecord = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Records one behind another in a single row.
+    """Records one after another in a single row.
 
     Attributes:
         input_ids: (1, T) int64.
@@ -41,7 +41,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Records under each other, filled up at their ends.
+    """One record per row, padded at its end.
 
     Attributes:
         input_ids: (B, T) int64.
@@ -57,7 +57,7 @@ class PaddedBatch:
 
 
 def pack(records: Sequence[TokenRecord]) -> PackedBatch:
-    """The records in one row, in their order; no token is spent on filling up."""
+    """Pack the records into one row, in their order, without padding."""
     labels = _without_first(records)
     positions = [torch.arange(len(input_ids)) for input_ids, _ in records]
     row = torch.cat(labels)[None]
@@ -70,7 +70,7 @@ def pack(records: Sequence[TokenRecord]) -> PackedBatch:
 
 
 def pad(records: Sequence[TokenRecord]) -> PaddedBatch:
-    """The records in a row each, in their order."""
+    """Pad the records to one row each, in their order."""
     labels = pad_sequence(_without_first(records), batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(input_ids) for input_ids, _ in records])
     return PaddedBatch(
@@ -82,7 +82,7 @@ def pad(records: Sequence[TokenRecord]) -> PaddedBatch:
 
 
 def micro_batches(num_records: int, micro_batch_size: int) -> Iterator[slice]:
-    """One rank's records of a step in parts for a forward pass each; all but the last are of one size.
+    """Divide one rank's records of a step into forward passes; all but the last have the same size.
 
     The number of parts follows from the number of records alone, which all ranks share: under ZeRO every rank must take
     part in every pass. Order stays, and what belongs to the step stays in it.
@@ -96,7 +96,7 @@ def micro_batches(num_records: int, micro_batch_size: int) -> Iterator[slice]:
 
 
 def _without_first(records: Sequence[TokenRecord]) -> list[Tensor]:
-    """Labels of which none belongs to a token that has no token before it."""
+    """Ignore the label of each record's first token, which no token precedes."""
     return [torch.cat([labels.new_full((min(1, len(labels)),), IGNORED), labels[1:]]) for _, labels in records]
 
 

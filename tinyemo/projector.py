@@ -33,7 +33,7 @@ CardValue = str | int | float | bool
 
 
 class MetricProjector(nn.Module):
-    """Linear, batch norm, GELU, dropout, linear; the result is L2-normalised.
+    """Projector: linear, batch norm, GELU, dropout, linear, L2 normalisation.
 
     Batch statistics and the dropout mask span all ranks, so training does not depend on their number.
     """
@@ -55,7 +55,7 @@ class MetricProjector(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, d) float of any precision -> (B, H) float32 (float64 in a float64 projector), L2-normalised.
+        """Map (B, d) float of any dtype to (B, H) float32 (float64 in a float64 projector), L2-normalised.
 
         Raises:
             DataError: the features have another width than the projector.
@@ -74,7 +74,7 @@ class MetricProjector(nn.Module):
         return F.normalize(at_least_float32(embeds), dim=-1)
 
     def classify(self, features: Tensor, words: Sequence[str]) -> Tensor:
-        """Cosines of each image with each word, with running statistics and without dropout.
+        """Return the cosine of each image with each word, with running statistics and without dropout.
 
         Args:
             features: (B, d) float.
@@ -128,7 +128,7 @@ class MetricProjector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> MetricProjector:
-        """The projector that `save_pretrained` wrote, on CPU, in evaluation mode, with `labels` and `card`.
+        """Load what `save_pretrained` wrote, on the CPU, in evaluation mode, with `labels` and `card`.
 
         Raises:
             DataError: the folder or a file is missing, not ours, or differs from what was saved.

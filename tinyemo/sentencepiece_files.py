@@ -1,4 +1,4 @@
-"""SentencePiece's `tokenizer.model`, as Llama-2 and its kin ship it, without the sentencepiece package."""
+"""Reader of SentencePiece's `tokenizer.model` (Llama-2 and others) without the sentencepiece package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BPE = 2
 
 
 def open_sentencepiece(path: Path) -> Any:
-    """The tokenizers.Tokenizer of a byte-pair SentencePiece file, with BOS put before a text and bytes as fallback.
+    """Open a byte-pair SentencePiece file as a tokenizers.Tokenizer that puts BOS first and falls back to bytes.
 
     transformers reads such a file only with the sentencepiece package; its parts that need no more than protobuf do the
     same. Runs of spaces are kept, as Llama does, also where the file asks for them to be squeezed.

@@ -1,4 +1,4 @@
-"""Tokenizers from the files that language models come in."""
+"""Tokenizers from the files of language models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinyemo.sentencepiece_files import SENTENCEPIECE_FILE, open_sentencepiece
 
 
 def open_tokenizer(source: Path) -> Any:
-    """The tokenizers.Tokenizer of a GGUF file, of `tokenizer.model`, or of a folder with that or Hugging Face's files.
+    """Open the tokenizer of a GGUF file, of `tokenizer.model`, or of a folder with that or Hugging Face's files.
 
     Raises:
         DataError: `source` holds no tokenizer that transformers can read.
@@ -27,7 +27,7 @@ def open_tokenizer(source: Path) -> Any:
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    """A tokenizers.Tokenizer from the vocabulary in a GGUF file."""
+    """Open a tokenizers.Tokenizer from the vocabulary in a GGUF file."""
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
     # AutoTokenizer.from_pretrained(gguf_file=...) gives the same ids in 4.5 s instead of 0.5 s.
@@ -37,7 +37,7 @@ def _gguf_tokenizer(path: Path) -> Any:
 
 
 def _folder_tokenizer(folder: Path) -> Any:
-    """A tokenizers.Tokenizer from a Hugging Face model folder; code in the folder is never run."""
+    """Open a tokenizers.Tokenizer from a Hugging Face model folder; code in the folder is never run."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from job_runner import Jobs
 from PIL import Image
 
 from cluster.credentials import S3_ACTIONS, read_s3_keys
@@ -22,6 +21,7 @@ from cluster.services import find_program
 from cluster.state import load_state
 from orchestration.services import storage
 from tests.conftest import RunningPlatform
+from tests.orchestration.job_runner import Jobs, platform_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -92,9 +92,10 @@ def test_a_secret_is_found_in_every_spelling():
 
 
 @pytest.fixture(scope="module")
-def after_all_jobs(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> str:
+def after_all_jobs(platform: RunningPlatform, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the commands printed; each ran with planted keys in its environment, one through Ray's job server."""
     folder = tmp_path_factory.mktemp("secrets")
+    jobs = Jobs(folder, platform_environment(platform.environment, folder), platform.folder)
     printed = []
 
     def run(*arguments: object) -> None:
@@ -172,9 +173,8 @@ def _places(platform: RunningPlatform, printed: str) -> Iterator[tuple[str, byte
         yield f"process {process.pid}", " ".join(process.info["cmdline"] or []).encode()
 
 
-def test_no_secret_is_found_anywhere(
-    platform: RunningPlatform, platform_environment: dict[str, str], after_all_jobs: str
-):
+@pytest.mark.usefixtures("platform_environment")
+def test_no_secret_is_found_anywhere(platform: RunningPlatform, after_all_jobs: str):
     """After train, family, tune, features and ingest, in every spelling."""
     spellings = {name: _spellings(secret) for name, secret in _secrets(platform).items()}
     places = dict(_places(platform, after_all_jobs))

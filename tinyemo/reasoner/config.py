@@ -1,4 +1,4 @@
-"""What a reasoning model is made of: enough to build it again from its export alone."""
+"""Configuration of a reasoning model, complete enough to build it from its export alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = ("real", "random")
 
 
 class ReasonerConfig(PreTrainedConfig):
-    """A vision tower, a connector and a causal language model."""
+    """Configuration of a vision tower, a connector and a causal language model."""
 
     model_type = "tinyemo_reasoner"
     sub_configs_defaults = {  # noqa: RUF012 - transformers declares it so
@@ -78,12 +78,12 @@ class ReasonerConfig(PreTrainedConfig):
 
     @property
     def encoder_spec(self) -> EncoderSpec:
-        """The vision tower's, checked."""
+        """Validated description of the vision tower."""
         return EncoderSpec.model_validate(self.vision)
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders for one image: P."""
+        """Number of placeholder tokens of one image: P."""
         rows, columns = self.encoder_spec.patch_grid
         return rows * columns
 

@@ -1,4 +1,4 @@
-"""From patches of the vision tower to embeddings of the language model.
+"""Connector from patches of the vision tower to embeddings of the language model.
 
 Shape letters: N images, P patches, D patch width, H width of the language model.
 """
@@ -12,7 +12,7 @@ CONNECTORS = ("identity", "linear", "mlp2x_gelu")
 
 
 class Connector(nn.Module):
-    """(N, P, D) float -> (N, P, H) float, each patch by itself."""
+    """Layers that map (N, P, D) float to (N, P, H) float, each patch by itself."""
 
     def __init__(self, kind: str, patch_width: int, hidden_size: int) -> None:
         super().__init__()

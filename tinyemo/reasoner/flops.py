@@ -27,7 +27,7 @@ from tinyemo.reasoner.towers import VisionTower
 
 @dataclass(frozen=True)
 class Work:
-    """What steps computed, over all ranks.
+    """Amount of work that steps did, over all ranks.
 
     Attributes:
         tokens: image tokens included, padding not.
@@ -52,7 +52,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Passes:
-    """Numbers in matrices, by what is computed with them.
+    """Numbers in weight matrices, by the passes that use them.
 
     Attributes:
         forward: all.
@@ -66,7 +66,7 @@ class Passes:
 
     @property
     def flops(self) -> int:
-        """Of one token."""
+        """Return the FLOPs of one token."""
         return 2 * (self.forward + self.inputs + self.weights)
 
 
@@ -93,7 +93,7 @@ class FlopModel:
     tower: int
 
     def of_training(self, work: Work) -> int:
-        """FLOPs of the forward and backward passes."""
+        """Return the FLOPs of the forward and backward passes."""
         attention = 4 * work.context * (self.attention_width + 2 * self.attention_width_crossed)
         return (
             work.tokens * self.decoder.flops
@@ -104,7 +104,7 @@ class FlopModel:
 
 
 def flop_model(model: Reasoner) -> FlopModel:
-    """Of a model whose trained parameters are selected, on any device, meta too; before anything shards it."""
+    """Build the FLOP model of a model with its trained parameters selected, on any device, before it is sharded."""
     layers = model.decoder_layers()
     is_connector_trained = _is_trained(model.connector)
     is_input_trained = is_connector_trained or _is_trained(model.get_input_embeddings())
@@ -145,7 +145,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _attention_widths(model: Reasoner) -> list[int]:
-    """Heads x head width of each layer."""
+    """Return heads x head width of each layer."""
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_query_heads", None) or [text.num_attention_heads] * text.num_hidden_layers
@@ -153,7 +153,7 @@ def _attention_widths(model: Reasoner) -> list[int]:
 
 
 def _tower_flops(model: Reasoner) -> int:
-    """Of one image, counted by torch on a tower of the meta device, which computes nothing."""
+    """Return the FLOPs of one image, which torch counts on the meta device without computing."""
     spec = model.config.encoder_spec
     with torch.device("meta"):
         tower = VisionTower.build(spec.kind, model.config.vision_config)

@@ -1,4 +1,4 @@
-"""Reasoning models from weights that lie in local folders, or at random.
+"""Construction of reasoning models from weights in local folders, or with random weights.
 
 Whoever asks fetches the weights, pinned by revision; nothing here downloads and no code of a model's folder runs.
 """
@@ -41,7 +41,7 @@ def build_reasoner(
     vision_name: str | None = None,
     vision_revision: str | None = None,
 ) -> Reasoner:
-    """A reasoning model in evaluation mode: both parts from their sources, the connector at random.
+    """Build a reasoning model in evaluation mode: both parts from their sources, the connector with random weights.
 
     Each part is loaded once and taken as it is, so the peak is one copy of the model in `dtype`, and for a GGUF file
     its tensors in float32.
@@ -89,7 +89,7 @@ def build_reasoner(
 
 
 def load_language_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Literal["real", "random"]]:
-    """A causal language model and whether its weights were ever trained; random ones come from torch's generator.
+    """Load a causal language model and say whether its weights were trained; random ones use torch's generator.
 
     Raises:
         ConfigError: no such preset.
@@ -108,7 +108,7 @@ def load_language_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedM
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The language model in a GGUF file, dequantised.
+    """Load the language model in a GGUF file, dequantised.
 
     transformers puts llama.cpp's order of query and key rows right, ties the output layer and reads the
     configuration from the file.

@@ -26,7 +26,7 @@ from tinyemo.reasoner.towers import VisionTower
 
 @dataclass
 class ReasonerOutput(CausalLMOutputWithPast):
-    """Without labels, logits and cache as transformers has them; with labels, the loss alone.
+    """Output of the model: logits and cache without labels, the loss alone with labels.
 
     Attributes:
         loss: () float32, nats: `loss_sum` over the number of answer tokens, or over `num_items_in_batch`.
@@ -41,7 +41,7 @@ class ReasonerOutput(CausalLMOutputWithPast):
 
 
 def find_answer_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """(B, T) bool: the positions whose next token is learned; where a packed record ends there is none.
+    """Return (B, T) bool: positions whose next token is learned; never the last position of a packed record.
 
     Args:
         labels: (B, T) int64, IGNORED where nothing is learned.
@@ -55,7 +55,7 @@ def find_answer_positions(labels: Tensor, position_ids: Tensor | None = None) ->
 
 
 def measure_answers(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """(A,) float32 nats of each learned token.
+    """Return the loss of each learned token, (A,) float32, nats.
 
     Args:
         logits: (A, V) float, at `positions` only.
@@ -85,7 +85,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         language_model: PreTrainedModel | None = None,
         vision_tower: VisionTower | None = None,
     ) -> None:
-        """Random weights, but for the parts that are given: those are taken as they are, never copied."""
+        """Draw random weights, but take given parts as they are, without a copy."""
         super().__init__(config)
         spec = config.encoder_spec
         for part in (language_model, vision_tower):
@@ -98,7 +98,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reasoner:
-        """Moves and casts, as DeepSpeed does for bf16, but float32 buffers that no file holds stay float32.
+        """Move and cast, as DeepSpeed does for bf16, but keep float32 buffers that no file holds in float32.
 
         These are rotary frequencies. Rounded to bf16 they turn the token at position 500 by more than a radian too far,
         and an export, which computes them anew, would no longer be the model that was trained.
@@ -132,17 +132,17 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         return decoder
 
     def decoder_layers(self) -> list[nn.Module]:
-        """The language model's layers, from the input on."""
+        """Return the language model's layers, first to last."""
         return list(self.language_model.get_decoder().layers)
 
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
-        """(N, P, H) float of (N, 3, S, S) float normalised pixels; gradients reach the connector, never the tower."""
+        """Embed (N, 3, S, S) normalised pixels as (N, P, H); gradients reach the connector, never the tower."""
         patches = self.vision_tower(pixel_values).patches
         embeds: Tensor = self.connector(patches.to(self.get_input_embeddings().weight.dtype))
         return embeds
 
     def merge_images(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """(B, T, H) float: embeddings of the tokens, with the images' in place of the placeholders.
+        """Return (B, T, H) float embeddings of the tokens, with those of the images in place of placeholders.
 
         Args:
             input_ids: (B, T) int64; an image is a run of P times `image_token_id`.
@@ -171,7 +171,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         return embeds
 
     def connector_is_trained(self) -> bool:
-        """Whether any parameter of the connector takes gradients."""
+        """Return True if any parameter of the connector takes gradients."""
         return any(parameter.requires_grad for parameter in self.connector.parameters())
 
     def forward(
@@ -188,7 +188,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> ReasonerOutput:
-        """Logits, or the loss where there are labels.
+        """Compute logits, or the loss where there are labels.
 
         Args:
             input_ids: (B, T) int64.

@@ -23,20 +23,20 @@ from tinyemo.errors import ConfigError
 
 
 def round_to_multiple(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, at least one, and never more than 10 % below `value`."""
+    """Return the multiple of `divisor` nearest to `value`, at least one, and never more than 10 % below `value`."""
     nearest = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return nearest if nearest >= 0.9 * value else nearest + divisor
 
 
 def scale_evenly(first: float, last: float, num_layers: int) -> list[float]:
-    """One multiplier a layer, evenly spaced from `first` to `last`, rounded to two decimals."""
+    """Return one multiplier per layer, evenly spaced from `first` to `last`, rounded to two decimals."""
     if num_layers == 1:
         return [round(first, 2)]
     return [round(first + (last - first) * layer / (num_layers - 1), 2) for layer in range(num_layers)]
 
 
 class OpenELMConfig(PreTrainedConfig):
-    """The published config.json's fields; where a list of one value a layer is missing, layer-wise scaling fills it."""
+    """Fields of the published config.json; layer-wise scaling fills missing lists of one value per layer."""
 
     model_type = "openelm"
     attribute_map = {  # noqa: RUF012 - transformers declares it so
@@ -110,13 +110,13 @@ class OpenELMConfig(PreTrainedConfig):
 
     @property
     def ffn_dims(self) -> list[int]:
-        """FFN width of each layer."""
+        """Return the FFN width of each layer."""
         assert self.ffn_multipliers is not None
         return [round_to_multiple(scale * self.model_dim, self.ffn_dim_divisor) for scale in self.ffn_multipliers]
 
 
 class OpenELMRMSNorm(nn.Module):
-    """x / rms(x), computed in float32, times a weight."""
+    """RMS norm: x / rms(x), computed in float32, times a weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class OpenELMRMSNorm(nn.Module):
 
 
 class OpenELMRotaryEmbedding(nn.Module):
-    """Rotates by angles that are computed anew in float32: no buffer that a checkpoint or a cast could spoil."""
+    """Rotary angles, computed in float32 at each call: no buffer that a checkpoint or a cast could spoil."""
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class OpenELMRotaryEmbedding(nn.Module):
         self.base = float(config.rope_freq_constant)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, T, d) float32 cosines and sines of (B, T) int64 positions."""
+        """Return (B, 1, T, d) float32 cosines and sines of (B, T) int64 positions."""
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device)
         angles = position_ids[:, None, :, None].float() * self.base ** (-steps / self.head_dim)
         angles = torch.cat((angles, angles), dim=-1)
@@ -146,7 +146,7 @@ class OpenELMRotaryEmbedding(nn.Module):
 
 
 def rotate(values: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of (B, heads, T, d), in float32; dimension i pairs with i + d/2."""
+    """Apply the rotary embedding to (B, heads, T, d), in float32; dimension i pairs with i + d/2."""
     wide = values.float()
     left, right = wide.chunk(2, dim=-1)
     return (wide * cosines + torch.cat((-right, left), dim=-1) * sines).to(values.dtype)
@@ -156,7 +156,7 @@ def attend_eagerly(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
     dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention written out; `attention_mask` is added to the scores. (B, T, A, d) and the weights."""
+    """Compute attention step by step, adding `attention_mask` to the scores; return (B, T, A, d) and the weights."""
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -207,7 +207,7 @@ class OpenELMAttention(nn.Module):
 
 
 class OpenELMFeedForward(nn.Module):
-    """swish(gate) * value, narrowed again; one projection yields both halves."""
+    """Feed-forward layer: swish(gate) * value, from one projection, and a projection back."""
 
     def __init__(self, config: OpenELMConfig, layer: int) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
 
 
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of both classes below."""
+    """Settings that transformers needs for both classes below."""
 
     config_class = OpenELMConfig
     base_model_prefix = "transformer"
@@ -288,7 +288,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm, (B, T, H); packed rows are found as transformers' own models find them."""
+        """Return hidden states after the last norm, (B, T, H); packed rows are found as in transformers' models."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         hidden = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -342,7 +342,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, vocabulary) of the next token, or those that `logits_to_keep` names."""
+        """Return logits (B, T, vocabulary) of the next token, or those that `logits_to_keep` names."""
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

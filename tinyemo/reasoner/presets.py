@@ -1,4 +1,4 @@
-"""The family's parts at their true sizes, as configurations: nothing is downloaded, nothing is allocated.
+"""Configurations of the family's parts at their true sizes, without download or allocation.
 
 The published totals count a language model and the whole of CLIP ViT-L/14, text tower included, without the connector.
 """
@@ -31,7 +31,7 @@ _CLIP_PREPROCESSING = Preprocessing(
 
 
 def text_preset(name: str) -> PreTrainedConfig:
-    """Configuration of a family member's language model, at its true size.
+    """Return the configuration of a family member's language model, at its true size.
 
     Raises:
         ConfigError: the family has no such member.
@@ -65,7 +65,7 @@ def text_preset(name: str) -> PreTrainedConfig:
 
 
 def clip_preset() -> CLIPConfig:
-    """The whole of CLIP ViT-L/14."""
+    """Return the configuration of all of CLIP ViT-L/14."""
     text = {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "projection_dim": 768,
@@ -78,7 +78,7 @@ def clip_preset() -> CLIPConfig:
 
 
 def vision_preset(name: str) -> tuple[EncoderSpec, CLIPVisionConfig | None]:
-    """An encoder of random weights at its true size: what it yields, and transformers' configuration of it.
+    """Return an encoder with random weights at its true size: its description and transformers' configuration.
 
     Raises:
         ConfigError: no such encoder.
@@ -105,7 +105,7 @@ def vision_preset(name: str) -> tuple[EncoderSpec, CLIPVisionConfig | None]:
 def preset_config(
     name: str, *, vision: str = CLIP_VIT_L14, connector: str = "mlp2x_gelu", **fields: Any
 ) -> ReasonerConfig:
-    """A family member's reasoning model at its true size, tagged as random.
+    """Return the configuration of a family member's reasoning model at its true size, tagged as random.
 
     Args:
         name: of the member.
@@ -128,7 +128,7 @@ def preset_config(
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters, tied ones once."""
+    """Numbers of parameters; tied ones count once."""
 
     language_model: int
     vision_tower: int
@@ -139,17 +139,17 @@ class Counts:
 
     @property
     def published_total(self) -> int:
-        """As the paper counts: language model and the whole of CLIP."""
+        """Return the number that the paper gives: language model and all of CLIP."""
         return self.language_model + self.clip
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """Elements of all parameters, tied ones once."""
+    """Count the elements of all parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def meta_counts(name: str) -> Counts:
-    """Parameters of a family member, counted on the meta device: no memory, no weights.
+    """Count the parameters of a family member on the meta device, without memory or weights.
 
     Raises:
         ConfigError: the family has no such member.

@@ -1,4 +1,4 @@
-"""How a part of a reasoning model is named: a preset at random, a GGUF file or a folder. Nothing here is loaded."""
+"""Names of a reasoning model's parts: a preset with random weights, a GGUF file or a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Source = Path | str
 
 
 def is_random(source: Source) -> bool:
-    """Whether a source stands for random weights."""
+    """Return True if a source stands for random weights."""
     return isinstance(source, str) and source.startswith(RANDOM)
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path is, or that its folder holds in place of a Hugging Face model; None where neither."""
+    """Return the GGUF file at a path, or in its folder if that holds no Hugging Face model; else None."""
     if path.is_file():
         return path
     found = [] if (path / "config.json").is_file() else sorted(path.glob(f"*{GGUF_SUFFIX}"))
@@ -30,5 +30,5 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def preset_name(source: Source) -> str:
-    """Of a source that `is_random`."""
+    """Return the name of the preset of a source that `is_random`."""
     return str(source).removeprefix(RANDOM)

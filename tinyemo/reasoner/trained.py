@@ -1,4 +1,4 @@
-"""What a stage trains: the connector always, and of the language model nothing, all, adapters or the last layers.
+"""Selection of the parameters that a stage trains: the connector, and none, all, adapters or last layers of the LLM.
 
 The adapters are LoRA (arXiv 2106.09685) through peft: each linear layer of the language model but its output layer
 gets one, y = W x + alpha / rank * B A x, with B zero at first.
@@ -30,7 +30,7 @@ def select_trained(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Let gradients reach what a stage trains and nothing else; `lora` puts adapters in, in the parameters' own type.
+    """Enable gradients for the parameters that a stage trains and no others; `lora` inserts adapters.
 
     Args:
         model: changed in place.
@@ -61,7 +61,7 @@ def select_trained(
 
 
 def adapted_layers(model: Reasoner) -> list[str]:
-    """Names, inside the language model, of the linear layers that adapters go beside."""
+    """Return the names, inside the language model, of the linear layers that get adapters."""
     head = model.get_output_embeddings()
     return [
         name
@@ -84,7 +84,7 @@ def _insert_adapters(model: Reasoner, *, rank: int, alpha: float, dropout: float
 
 
 def has_adapters(model: Reasoner) -> bool:
-    """Whether adapters stand beside the language model's layers."""
+    """Return True if the language model's layers have adapters."""
     return bool(_adapters(model))
 
 
@@ -97,7 +97,7 @@ def _adapters(model: Reasoner) -> list[tuple[str, Any]]:
 
 
 def merge_adapters(model: Reasoner) -> None:
-    """Add the adapters to the weights that they stand beside and take them out: an ordinary model again, in place.
+    """Merge the adapters into the weights and remove them, in place.
 
     One matrix at a time, so memory rises by one matrix only. Nothing happens to a model without adapters.
     """
@@ -111,7 +111,7 @@ def merge_adapters(model: Reasoner) -> None:
 def parameter_groups(
     model: Reasoner, *, learning_rate: float, connector_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """What an optimizer takes: the trained parameters, the connector's apart at their own rate.
+    """Return an optimizer's parameter groups: the connector's, at their own rate, and the others.
 
     Args:
         model: after `select_trained`.
