@@ -64,3 +64,20 @@ def test_no_function_has_two_jobs() -> None:
         and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
     }
     assert long == {}
+
+
+def private_modules(path: Path) -> set[str]:
+    """Return the modules of other packages that a file imports and whose names begin with an underscore."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        found |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
+    return found - {"__future__"}
+
+
+def test_private_modules_of_other_packages_stand_in_the_architecture() -> None:
+    documented = (ROOT / "docs" / "architecture.md").read_text()
+    used = {name for package in PACKAGES[:3] for path in files(package) for name in private_modules(path)}
+    assert {name for name in used if name not in documented} == set()
