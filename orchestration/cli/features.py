@@ -1,4 +1,4 @@
-"""`tinyemo features`: what a vision encoder sees in the images of an instruct data set."""
+"""`tinyemo features`: features of a vision encoder for the images of a data set."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orchestration.cli.options import ForceOption, JsonOption, RootOption, defau
 from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
-    from orchestration.vision.features import FeaturesReport
+    from orchestration.data.features import FeaturesReport
 
-# What every actor of the pool gets.
+# Options of the pool of actors.
 ActorsOption = Annotated[
     int | None, typer.Option("--actors", help="Actors that encode.  [default: all that the cluster has room for]")
 ]
@@ -31,7 +31,7 @@ BatchSizeOption = Annotated[
 
 def features(
     dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="An instruct data set: its name under the root, or s3://...")
+        str, typer.Argument(metavar="DATASET", help="Data set with images: its name under the root, or s3://...")
     ],
     name: Annotated[str, typer.Option(help="Name of the feature data set in S3.", show_default=False)],
     encoder: Annotated[
@@ -60,10 +60,10 @@ def features(
 
     Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
     """
+    from orchestration.assets.encoder_files import choose_encoder
+    from orchestration.data.actor_pool import PoolConfig
+    from orchestration.data.features import make_features
     from orchestration.recipe.toml_sections import parse_section
-    from orchestration.vision.encode_parts import PoolConfig
-    from orchestration.vision.encoder_sources import choose_encoder
-    from orchestration.vision.features import make_features
 
     load_platform_environment()
     choice = choose_encoder(encoder, revision)

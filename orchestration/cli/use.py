@@ -252,7 +252,7 @@ def _read_features(model: MetricProjector, location: str, split: str | None) -> 
 
     if location.startswith("s3://"):
         from cluster.environment import load_platform_environment
-        from orchestration.vision.stored_features import read_stored_features
+        from orchestration.data.features import read_stored_features
 
         load_platform_environment()
         table = read_stored_features(location, split or "test")

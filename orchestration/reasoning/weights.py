@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging as hf_logging
 
+from orchestration.assets.encoder_files import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
 from orchestration.reasoning.sources import fetch_llm, public_name
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage
-from orchestration.vision.encoder_sources import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
 from tinyemo.errors import DataError
 from tinyemo.reasoner.loading import build_reasoner
 from tinyemo.reasoner.model import Reasoner

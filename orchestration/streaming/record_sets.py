@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,8 +68,8 @@ def open_record_set(uri: str, split: str) -> RecordSet:
     return RecordSet(manifest, split)
 
 
-def read_records(record_set: RecordSet, rows: NDArray[np.int64]) -> pa.Table:
-    """COLUMNS of `rows`, in their order; each row group that they touch is read once.
+def read_records(record_set: RecordSet, rows: NDArray[np.int64], columns: Sequence[str] = COLUMNS) -> pa.Table:
+    """Return columns of `rows`, in their order; each row group that they touch is read once.
 
     Raises:
         DataError: a shard is corrupt or not the one of the manifest.
@@ -77,7 +78,7 @@ def read_records(record_set: RecordSet, rows: NDArray[np.int64]) -> pa.Table:
     groups = np.searchsorted(record_set.group_starts, rows, side="right") - 1
     touched = np.unique(groups)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = list(pool.map(lambda group: _read_group(record_set, int(group)), touched))
+        tables = list(pool.map(lambda group: _read_group(record_set, int(group), tuple(columns)), touched))
     parts, places = [], []
     for group, table in zip(touched, tables, strict=True):
         place = np.flatnonzero(groups == group)
@@ -86,12 +87,12 @@ def read_records(record_set: RecordSet, rows: NDArray[np.int64]) -> pa.Table:
     return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
 
-def _read_group(record_set: RecordSet, group: int) -> pa.Table:
+def _read_group(record_set: RecordSet, group: int, columns: tuple[str, ...]) -> pa.Table:
     shard_place, place = record_set.group_places[group]
     shard = record_set.shards[shard_place]
     uri = record_set.manifest.file_uri(shard.path)
     try:
-        return _row_group(uri, shard, place)
+        return _row_group(uri, shard, place, columns)
     except FileNotFoundError as error:
         raise DataError(f"{uri} is missing, the manifest names it: ingest the data set again with --force") from error
     except (pa.ArrowException, OSError) as error:
@@ -100,17 +101,17 @@ def _read_group(record_set: RecordSet, group: int) -> pa.Table:
 
 @remember(
     MAX_GROUP_BYTES,
-    key=lambda uri, shard, place: (uri, shard.sha256, place),
+    key=lambda uri, shard, place, columns: (uri, shard.sha256, place, columns),
     num_bytes=lambda table: int(table.nbytes),
 )
-def _row_group(uri: str, shard: Shard, place: int) -> pa.Table:
+def _row_group(uri: str, shard: Shard, place: int, columns: tuple[str, ...]) -> pa.Table:
     with pq.ParquetFile(
         storage.filesystem().open_input_file(uri.removeprefix("s3://")),
         metadata=_footer(uri, shard),
         page_checksum_verification=True,
         pre_buffer=True,
     ) as file:
-        return file.read_row_group(place, columns=COLUMNS, use_threads=False)
+        return file.read_row_group(place, columns=list(columns), use_threads=False)
 
 
 @remember(

@@ -159,27 +159,16 @@ class BulkActor:
 
 def _run_actors(job: Job, chunks: Sequence[Sequence[str]]) -> Iterator[list[Row]]:
     """Yield the rows of each chunk as its actor is done with it."""
-    import ray
-    import ray.data
-
+    from orchestration.data.actor_pool import PoolConfig, run_on_actors
     from orchestration.services.ray_cluster import connect
-    from orchestration.streaming.unordered_tasks import MAX_RETRIES, run_unordered
 
     connect()
-    resources = ray.cluster_resources()
-    num_gpus = 1 if resources.get("GPU", 0) >= 1 else 0
-    room = int(resources.get("GPU", 0) if num_gpus else resources.get("CPU", 1))
-    done = run_unordered(
+    done = run_on_actors(
         [{"images": list(chunk)} for chunk in chunks],
         BulkActor,
-        worker="an actor",
+        (job.build,),
+        PoolConfig(num_actors=job.num_actors),
         advice="run the same command again, which goes on from the rows that are done",
-        fn_constructor_args=(job.build,),
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(job.num_actors or room, len(chunks)))),
-        num_cpus=1,
-        num_gpus=num_gpus,
-        max_restarts=MAX_RETRIES,
-        max_task_retries=MAX_RETRIES,
     )
     for table in done:
         yield [json.loads(text) for text in table["row"].to_pylist()]

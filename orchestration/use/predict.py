@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from orchestration.assets.catalogue import open_embedding_table
+from orchestration.assets.encoder_files import COMMIT, EncoderChoice, choose_encoder, describe_choice, open_choice
 from orchestration.use.bulk import Job, Row
 from orchestration.use.locations import read_image
-from orchestration.vision.encoder_sources import COMMIT, EncoderChoice, choose_encoder, describe_choice, open_choice
 from tinyemo.classification import predict_labels
 from tinyemo.encoders import UNKNOWN, EncoderSpec, encoder_of_card, find_conflict
 from tinyemo.errors import ConfigError, DataError

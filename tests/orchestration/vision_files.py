@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from record_files import record
 
+from orchestration.assets.encoder_files import choose_encoder, describe_choice
+from orchestration.data.features import FeatureJob, PoolConfig
 from orchestration.data.manifest import Manifest
 from orchestration.services import storage
-from orchestration.vision.encode_parts import FeatureJob, PoolConfig
-from orchestration.vision.encoder_sources import choose_encoder, describe_choice
 from tinyemo.encoders import EncoderInfo
 from tinyemo.taxonomies import TAXONOMIES
 

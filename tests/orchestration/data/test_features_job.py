@@ -19,6 +19,14 @@ from job_runner import Jobs
 from record_files import drawn_picture, write_records
 from vision_files import CLIP_WIDTH, EKMAN, photograph, photographed, read_table, with_image
 
+from orchestration.assets.encoder_files import EncoderChoice, choose_encoder, describe_choice
+from orchestration.data.features import (
+    NOTES,
+    PoolConfig,
+    make_features,
+    read_notes,
+    read_stored_features,
+)
 from orchestration.data.manifest import (
     id_hash,
     load_manifest,
@@ -26,11 +34,7 @@ from orchestration.data.manifest import (
     read_index,
     verify_manifest,
 )
-from orchestration.services import storage
-from orchestration.vision.encode_parts import NOTES, PoolConfig, read_notes
-from orchestration.vision.encoder_sources import EncoderChoice, choose_encoder, describe_choice
-from orchestration.vision.features import _count_actors, _gpus_per_actor, make_features
-from orchestration.vision.stored_features import read_stored_features
+from orchestration.services import ray_cluster, storage
 from tinyemo.encoders import EFFICIENTNET_LITE0
 from tinyemo.errors import AssetError, ConfigError, DataError
 
@@ -39,27 +43,36 @@ ONE = PoolConfig(num_actors=1)
 # The pool
 
 
-def test_an_actor_gets_a_gpu_where_the_cluster_has_one() -> None:
-    assert _gpus_per_actor(PoolConfig(), {"CPU": 4.0}) == 0
-    assert _gpus_per_actor(PoolConfig(), {"CPU": 4.0, "GPU": 2.0}) == 1
-    assert _gpus_per_actor(PoolConfig(gpus_per_actor=0.25), {"GPU": 2.0}) == 0.25
-    assert _gpus_per_actor(PoolConfig(gpus_per_actor=0), {"GPU": 2.0}) == 0
-    with pytest.raises(ConfigError, match=r"gpus_per_actor is 0\.5 and the cluster has 0 GPUs"):
-        _gpus_per_actor(PoolConfig(gpus_per_actor=0.5), {"CPU": 4.0})
+def use_cluster(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
+    """Stand in for a cluster whose one node, up or not, has these resources."""
+    monkeypatch.setattr(ray_cluster, "_running_nodes", list)
+    monkeypatch.setattr(ray_cluster, "_configured_nodes", lambda: [(resources, 1)])
 
 
-def test_there_are_as_many_actors_as_have_room_and_work() -> None:
-    resources = {"CPU": 8.0, "GPU": 2.0}
-    assert _count_actors(PoolConfig(), 0, 100, resources) == 8
-    assert _count_actors(PoolConfig(), 0, 3, resources) == 3
-    assert _count_actors(PoolConfig(), 1, 100, resources) == 2
-    assert _count_actors(PoolConfig(), 0.25, 100, resources) == 8
-    assert _count_actors(PoolConfig(cpus_per_actor=0.5), 0.1, 100, resources) == 16
-    assert _count_actors(PoolConfig(num_actors=2), 0, 100, resources) == 2
+def test_an_actor_gets_a_gpu_where_the_cluster_could_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_cluster(monkeypatch, CPU=4.0)
+    assert PoolConfig().num_gpus() == 0
+    with pytest.raises(ConfigError, match=r"gpus_per_actor is 0\.5 and the cluster cannot have that many GPUs"):
+        PoolConfig(gpus_per_actor=0.5).num_gpus()
+    use_cluster(monkeypatch, CPU=4.0, GPU=2.0)
+    assert PoolConfig().num_gpus() == 1
+    assert PoolConfig(gpus_per_actor=0.25).num_gpus() == 0.25
+    assert PoolConfig(gpus_per_actor=0).num_gpus() == 0
+
+
+def test_there_are_as_many_actors_as_have_room_and_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_cluster(monkeypatch, CPU=8.0)
+    assert PoolConfig().count_actors(100) == 8
+    assert PoolConfig().count_actors(3) == 3
+    assert PoolConfig(num_actors=2).count_actors(100) == 2
     with pytest.raises(ConfigError, match="3 actors of 4 CPUs and 0 GPUs are asked for, the cluster has room for 2"):
-        _count_actors(PoolConfig(num_actors=3, cpus_per_actor=4), 0, 100, resources)
+        PoolConfig(num_actors=3, cpus_per_actor=4).count_actors(100)
     with pytest.raises(ConfigError, match="room for 0"):
-        _count_actors(PoolConfig(cpus_per_actor=9), 0, 100, resources)
+        PoolConfig(cpus_per_actor=9).count_actors(100)
+    use_cluster(monkeypatch, CPU=8.0, GPU=2.0)
+    assert PoolConfig().count_actors(100) == 2
+    assert PoolConfig(gpus_per_actor=0.25).count_actors(100) == 8
+    assert PoolConfig(cpus_per_actor=0.5, gpus_per_actor=0.1).count_actors(100) == 16
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration.data.features import ImageReason, Part, plan_images
 from orchestration.data.manifest import held_out_rank
-from orchestration.vision.image_plan import ImageReason, Part, plan_images
 
 
 def records_table(rows: list[tuple[str, int, str | None]]) -> pa.Table:

@@ -12,11 +12,10 @@ import torch
 from record_files import write_records
 from vision_files import EKMAN, job_for, matrix, photograph, photographed, read_table, with_image
 
+from orchestration.assets.encoder_files import open_choice
 from orchestration.data.dataset import read_image_columns
+from orchestration.data.features import NOTES, Part, encode_part, plan_images, read_notes
 from orchestration.services import storage
-from orchestration.vision.encode_parts import NOTES, encode_part, forget_notes, read_notes
-from orchestration.vision.encoder_sources import open_choice
-from orchestration.vision.image_plan import Part, plan_images
 from tinyemo.errors import DataError
 from tinyemo.images import read_pixels
 
@@ -122,7 +121,7 @@ def test_a_note_counts_only_with_its_files(s3_root: str, tiny_clip: Path) -> Non
     assert sorted(read_notes(job.uri)) == ["train-00000"]
     storage.delete(f"{job.uri}/train-00000.parquet")
     assert read_notes(job.uri) == {}
-    forget_notes(job.uri)
+    storage.delete_prefix(f"{job.uri}/{NOTES}")
     assert not [uri for uri in storage.list_prefix(job.uri) if f"/{NOTES}/" in uri]
 
 

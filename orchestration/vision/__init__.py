@@ -1,1 +1,0 @@
-"""Encoders over images: features computed once and stored with their provenance."""
