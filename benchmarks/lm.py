@@ -35,7 +35,7 @@ import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
-from benchmarks.lm_sizes import TRAINS, measure_size
+from benchmarks.lm_sizes import TRAINS, measure_size, run_without_mlflow
 from benchmarks.machine import write_results
 from orchestration.recipe import Recipe, parse_recipe
 
@@ -66,17 +66,11 @@ def speed_recipe(trains: str, *, checkpoints: bool = False) -> Recipe:
 
 def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     """(tokens/s of each window's steps but the first's, share of the run that waited for data), by the real loop."""
-    from orchestration.jobs.attempts import ReportCallback, run_phase
-    from orchestration.jobs.stage_state import read_curve
-    from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
-    from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.sources import describe_sources
+    from orchestration.jobs.checkpoints import read_curve
     from orchestration.services.ray_cluster import connect
 
     connect()
-    plan = prepare_reasoning(recipe, describe_sources(recipe))
-    job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
-    state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
+    state = run_without_mlflow(recipe, folder)
     points = [point for _, point in read_curve(state.folder)]
     steps = [(point["train/tokens"], point["train/step_s"]) for point in points if "train/step_s" in point]
     assert len(steps) == (WINDOWS + 1) * STEPS_PER_WINDOW
@@ -89,16 +83,16 @@ def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
 
 def store_batches(recipe: Recipe, folder: Path) -> None:
     """The run's micro-batches as each rank of the job gets them, for the twin."""
-    from orchestration.reasoning.prepare import prepare_reasoning
+    from orchestration.jobs.prepare import prepare_reasoning
+    from orchestration.jobs.steps import Inputs
     from orchestration.reasoning.sources import describe_sources
-    from orchestration.reasoning.steps import Inputs
     from orchestration.streaming.epoch_plan import Window
     from orchestration.streaming.ordered_stream import from_ipc
     from orchestration.streaming.record_batches import collate
     from tinyemo.conversation import IMAGE_TOKEN_ID
 
     sources = describe_sources(recipe)
-    plan = prepare_reasoning(recipe, sources).stages["stage"]
+    plan = prepare_reasoning(recipe).stages["stage"]
     inputs = Inputs(sources.encoder.preprocessing, torch.device("cpu"), IMAGE_TOKEN_ID)
     size = recipe.stages["stage"].global_batch_size // WORLD_SIZE
     for row in plan.read(Window(0, 0, plan.num_steps), 0):
@@ -176,11 +170,7 @@ def measure_curves() -> dict[str, Any]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()  # before Ray is imported, which reads its token then
-    from orchestration.jobs.attempts import ReportCallback, run_phase
-    from orchestration.jobs.stage_state import read_curve
-    from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
-    from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.sources import describe_sources
+    from orchestration.jobs.checkpoints import read_curve
     from orchestration.services.ray_cluster import connect
 
     connect()
@@ -197,10 +187,8 @@ def measure_curves() -> dict[str, Any]:
             },
         }  # fmt: skip
         recipe = parse_recipe(content, source="benchmark")
-        plan = prepare_reasoning(recipe, describe_sources(recipe))
-        job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
         folder = f"s3://tinyemo/runs/bench-lm/{int(time.time())}-curves"
-        state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
+        state = run_without_mlflow(recipe, folder)
         losses[name] = [point["train/loss"] for _, point in read_curve(state.folder) if "train/loss" in point]
         print(f"{name}: {losses[name][0]:.6f} -> {losses[name][-1]:.6f}", flush=True)
     first, *others = losses
@@ -211,7 +199,7 @@ def measure_curves() -> dict[str, Any]:
 
 def zero_row(zero_stage: int) -> dict[str, Any]:
     """Two steps of full fine-tuning on this rank; bytes counted before the second optimizer step."""
-    from orchestration.reasoning.loop import start_stage
+    from orchestration.jobs.reasoner import start_stage
     from orchestration.reasoning.weights import build_for_stage
     from orchestration.services.engine import accumulate, state_bytes
 

@@ -12,13 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services.tracking import git_state
+
+if TYPE_CHECKING:
+    from orchestration.jobs.checkpoints import StageState
 
 WORLD_SIZE = 2
 STEPS = 3
@@ -73,22 +77,26 @@ def peak_use() -> Iterator[dict[str, int]]:
         thread.join()
 
 
+def run_without_mlflow(recipe: Recipe, folder: str) -> StageState:
+    """Run the stage of a recipe through the real job, without its lease, MLflow run and export."""
+    from orchestration.jobs import reasoner
+    from orchestration.jobs.job import run_workers
+    from orchestration.jobs.prepare import prepare_reasoning
+
+    stage = reasoner.stage(replace(prepare_reasoning(recipe), validation=None), "stage", {}, folder)
+    return run_workers(replace(stage, job=replace(stage.job, model="")), folder, None, None, None)
+
+
 def measure_size(size: str) -> dict[str, Any]:
     """Seconds a step, bytes a rank by kind, peak memory and, on a GPU, tokens/s and MFU."""
-    from orchestration.jobs.attempts import ReportCallback, run_phase
-    from orchestration.jobs.stage_state import read_curve
-    from orchestration.reasoning.loop import StageJob, stage_loop_per_worker
-    from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.sources import describe_sources
+    from orchestration.jobs.checkpoints import read_curve
     from orchestration.services.ray_cluster import connect
 
     recipe = size_recipe(size)
     connect()
-    plan = prepare_reasoning(recipe, describe_sources(recipe))
-    job = StageJob(recipe, "stage", plan.stages["stage"], None, {})
     folder, began_at = f"s3://tinyemo/runs/bench-lm/{int(time.time())}-{size}", time.monotonic()
     with peak_use() as used:
-        state = run_phase(job, stage_loop_per_worker, ReportCallback(folder, None))
+        state = run_without_mlflow(recipe, folder)
     points: dict[str, list[float]] = {}
     for _, point in read_curve(state.folder):
         for key, value in point.items():

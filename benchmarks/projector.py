@@ -30,17 +30,18 @@ import torch
 import torch.multiprocessing
 
 if TYPE_CHECKING:
-    from orchestration.training.result import TrainResult
+    from orchestration.jobs.results import TrainResult
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 from benchmarks.machine import RESULTS, write_results
+from orchestration.jobs.projector import build_projector, train_batch
+from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.services.engine import build_engine, build_optimizer, build_schedule
 from orchestration.services.tracking import git_state
 from orchestration.streaming.feature_stream import Batch
 from orchestration.streaming.sampling import rank_slice
-from orchestration.training.loop import build_projector, take_step
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
 from tinyemo.taxonomies import TAXONOMIES
@@ -57,7 +58,7 @@ def train_seeds(loss: str, seeds: range) -> list[TrainResult]:
     from cluster.environment import load_platform_environment
 
     load_platform_environment()
-    from orchestration.training.train import train
+    from orchestration.jobs.job import train
 
     commit = git_state()["git_commit"][:8]
     results = []
@@ -117,9 +118,9 @@ def measure_seeds() -> dict[str, Any]:
 
     load_platform_environment()
     from orchestration.assets.labels import label_embeddings
+    from orchestration.jobs.prepare import prepare
+    from orchestration.jobs.projector import objective_of
     from orchestration.streaming.feature_stream import features_array, read_rows
-    from orchestration.training.loop import objective_of
-    from orchestration.training.prepare import prepare
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -216,7 +217,7 @@ def engine_steps(recipe: Recipe, objective: Objective, batches: list[Batch], wor
 
     def run() -> None:
         for batch in batches:
-            take_step(engine, objective, batch, torch.device("cpu"))
+            float(train_batch(engine, objective, as_tensors(batch), torch.device("cpu"))["train/loss"])
 
     return run
 

@@ -147,10 +147,10 @@ def time_jobs(recipe: Any) -> dict[str, Any]:
 def published_schedule() -> dict[str, Any]:
     """Test top-1 of the published losses, 5 epochs over the whole train split, in memory (equal to `tinyemo train`)."""
     from orchestration.assets.labels import label_embeddings
+    from orchestration.jobs.prepare import prepare
     from orchestration.recipe import load_recipe
     from orchestration.search.trial import FoldTraining, read_search_data, shared_rows
     from orchestration.search.trial_recipes import trial_recipe
-    from orchestration.training.prepare import prepare
 
     torch.set_num_threads(1)
     recipe = load_recipe("emotion6", ["data.validation_fraction=0"])

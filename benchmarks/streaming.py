@@ -51,8 +51,8 @@ def run_peer(system: str, settings: dict[str, Any], path: Path) -> dict[str, flo
 
 def run_ours(settings: dict[str, Any], decode: str, number: int) -> dict[str, float]:
     """The exact stream under Ray Train, two workers."""
+    from orchestration.jobs.job import read_stream
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import read_stream
 
     overrides = [
         f"name=bench-stream-{decode}-{number}-{int(time.time())}",

@@ -33,11 +33,11 @@ NUM_IMAGES = 50_000
 def measure_resume() -> dict[str, Any]:
     """Kill every worker behind NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
-    from orchestration.jobs.stage_state import read_state
+    from orchestration.jobs.checkpoints import read_state
+    from orchestration.jobs.prepare import prepare_records
     from orchestration.recipe import load_recipe
     from orchestration.services import storage
     from orchestration.streaming.ledger import check_ledger, read_ledger
-    from orchestration.streaming.prepare import prepare_records
 
     settings = ingest_oasis_copies()
     state = load_state(resolve_folder(None))
@@ -95,10 +95,10 @@ def measure_resume() -> dict[str, Any]:
 
 def measure_mix() -> dict[str, Any]:
     """One job over an abundant and a small data set by weight: what its ledger holds of each."""
+    from orchestration.jobs.job import read_stream
+    from orchestration.jobs.prepare import prepare_records
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.job import read_stream
     from orchestration.streaming.ledger import read_ledger
-    from orchestration.streaming.prepare import prepare_records
 
     abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()
     weights = (3.0, 1.0)
@@ -138,7 +138,7 @@ def kill_workers(ray_pid: int) -> None:
 
 def state_step(folder: str) -> int:
     """Steps in the newest checkpoint of a reading."""
-    from orchestration.jobs.stage_state import read_state
+    from orchestration.jobs.checkpoints import read_state
 
     state = read_state(f"{folder}/read")
     return 0 if state is None else state.step
@@ -147,9 +147,9 @@ def state_step(folder: str) -> int:
 def measure_wait() -> dict[str, Any]:
     """Share of the time that rank 0 waited for a batch, in two real jobs."""
     from benchmarks.lm import run_job, speed_recipe
-    from orchestration.jobs.stage_state import read_curve
+    from orchestration.jobs.checkpoints import read_curve
+    from orchestration.jobs.job import train
     from orchestration.recipe import load_recipe
-    from orchestration.training.train import train
 
     stamp = int(time.time())
     projector = load_recipe("emotion6", [f"name=bench-wait-{stamp}", "experiment=benchmarks"])

@@ -26,7 +26,7 @@ def compare(
     from cluster.environment import load_platform_environment
 
     load_platform_environment()
-    from orchestration.reasoning.compare import compare_runs
+    from orchestration.jobs.paired import compare_runs
 
     found = compare_runs(first, second, root)
     if as_json:

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import typer
 
+from orchestration.cli.progress import progress
 from orchestration.cli.train import show_facts, stoppable
 
 if TYPE_CHECKING:
-    from orchestration.jobs.stage_state import PhaseState
-    from orchestration.reasoning.result import ReasonerResult
+    from orchestration.jobs.results import ReasonerResult
     from orchestration.recipe import Recipe
 
 
 def train_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     """Train the reasoning model of a recipe, or show what would be read."""
     if dry_run:
-        show_facts(recipe, _plan_facts(recipe), as_json)
-        return
-    from orchestration.reasoning.train import train_reasoner
+        from orchestration.jobs.job import describe
 
-    with stoppable():
-        result = train_reasoner(recipe, on_report=None if as_json else _show_report)
-    _show_result(result, as_json)
+        show_facts(recipe, describe(recipe), as_json)
+        return
+    from orchestration.jobs.job import train
+
+    with stoppable(), progress() as advance:
+        result = train(recipe, progress=None if as_json else advance)
+    _show_result(cast("ReasonerResult", result), as_json)
 
 
 def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     """Train the reasoning model of a recipe at every size of the family, or show what would be read at each."""
-    from orchestration.reasoning.family import recipe_for_size, train_reasoner_family
+    from orchestration.jobs.family import recipe_for_size, train_family
+    from orchestration.jobs.job import describe
     from orchestration.recipe import recipes_of_sizes
 
     if dry_run:
-        planned = [(child, _plan_facts(child)) for child in recipes_of_sizes(recipe, recipe_for_size)]
+        planned = [(child, describe(child)) for child in recipes_of_sizes(recipe, recipe_for_size)]
         if as_json:
             found = [facts | {"recipe": child.model_dump(mode="json")} for child, facts in planned]
             typer.echo(json.dumps(found, indent=1))
@@ -42,45 +45,17 @@ def train_family_stages(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None
         for child, facts in planned:
             show_facts(child, facts, as_json)
         return
-    with stoppable():
-        results = train_reasoner_family(recipe, on_report=None if as_json else _show_report)
+    with stoppable(), progress() as advance:
+        results = train_family(recipe, progress=None if as_json else advance)
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=1))
         return
     for result in results:
-        _show_result(result, as_json)
-
-
-def _plan_facts(recipe: Recipe) -> dict[str, Any]:
-    """What is known of a run before anything starts."""
-    from orchestration.reasoning.prepare import prepare_reasoning
-    from orchestration.reasoning.sources import describe_sources
-
-    sources = describe_sources(recipe)
-    plan = prepare_reasoning(recipe, sources)
-    return {
-        "name": recipe.name,
-        "recipe_digest": recipe.digest(),
-        "llm": f"{sources.llm_name} ({sources.llm_weights} weights)",
-        "vision_tower": str(sources.encoder.info),
-        "image_tokens": sources.image_tokens,
-        "optimizer_steps": {name: stage.num_steps for name, stage in plan.stages.items()},
-        "records_per_epoch": {name: stage.steps.samples_per_epoch for name, stage in plan.stages.items()},
-        "validation_records": plan.validation.steps.samples_per_epoch if plan.validation else 0,
-        "test_records": plan.test.steps.samples_per_epoch if plan.test else 0,
-    }
-
-
-def _show_report(stage: str, state: PhaseState) -> None:
-    metrics = state.metrics
-    shown = ", ".join(
-        f"{name} {metrics[name]:,.4g}" for name in ("loss", "val_loss", "tokens_per_s") if name in metrics
-    )
-    typer.echo(f"  {stage}: step {state.step}, {shown}", err=True)
+        _show_result(cast("ReasonerResult", result), as_json)
 
 
 def _show_result(result: ReasonerResult, as_json: bool) -> None:
-    from orchestration.reasoning.model_card import evaluation_lines, warnings_of
+    from orchestration.jobs.model_card import evaluation_lines, warnings_of
 
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=1))

@@ -10,9 +10,10 @@ import typer
 
 from cluster.environment import load_platform_environment
 from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
+from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
-    from orchestration.streaming.job import StreamResult
+    from orchestration.jobs.results import StreamResult
 
 
 def stream(
@@ -35,7 +36,7 @@ def stream(
 
     recipe = load_recipe(recipe_name, overrides)
     if is_dry_run:
-        from orchestration.streaming.prepare import prepare_records
+        from orchestration.jobs.prepare import prepare_records
 
         plan = prepare_records(recipe)
         for part, count in zip(plan.sets, plan.steps.counts, strict=True):
@@ -48,12 +49,10 @@ def stream(
         )
         return
 
-    from orchestration.streaming.job import read_stream
+    from orchestration.jobs.job import read_stream
 
-    def show(step: int, num_steps: int) -> None:
-        typer.echo(f"step {step} of {num_steps}", err=True)
-
-    result = read_stream(recipe, has_ledger=has_ledger, on_step=show)
+    with progress() as advance:
+        result = read_stream(recipe, has_ledger=has_ledger, progress=advance)
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
     else:

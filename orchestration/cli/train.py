@@ -7,17 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from cluster.environment import load_platform_environment
 from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
+from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
-    from orchestration.jobs.stage_state import PhaseState
+    from orchestration.jobs.results import TrainResult
     from orchestration.recipe import Recipe
-    from orchestration.training.result import TrainResult
 
 
 def train(
@@ -44,11 +44,11 @@ def train(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration.training import train as job
+    from orchestration.jobs import job
 
-    with stoppable():
-        result = job.train(loaded, on_report=None if as_json else _show_report)
-    _show_results([result], as_json)
+    with stoppable(), progress() as advance:
+        result = job.train(loaded, progress=None if as_json else advance)
+    _show_results([cast("TrainResult", result)], as_json)
 
 
 def family(
@@ -75,11 +75,11 @@ def family(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration.training import family as job
+    from orchestration.jobs import family as job
 
-    with stoppable():
-        results = job.train_family(loaded, on_report=None if as_json else _show_report)
-    _show_results(results, as_json)
+    with stoppable(), progress() as advance:
+        results = job.train_family(loaded, progress=None if as_json else advance)
+    _show_results(cast("list[TrainResult]", results), as_json)
 
 
 @contextmanager
@@ -97,22 +97,9 @@ def stoppable() -> Iterator[None]:
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.training.prepare import prepare
+    from orchestration.jobs.job import describe
 
-    preparation = prepare(recipe)
-    plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
-    facts: dict[str, Any] = {
-        "name": recipe.name,
-        "recipe_digest": recipe.digest(),
-        "data": preparation.manifest.uri,
-        "data_kind": preparation.manifest.data,
-        "train_rows": plan.train.order.num_rows,
-        "validation_rows": len(plan.splits["validation"]),
-        "test_rows": len(plan.splits["test"]),
-        "optimizer_steps": plan.train.num_steps,
-        "rows_per_rank_and_step": recipe.train.global_batch_size // recipe.workers.num_workers,
-    }
-    show_facts(recipe, facts, as_json)
+    show_facts(recipe, describe(recipe), as_json)
 
 
 def show_facts(recipe: Recipe, facts: dict[str, Any], as_json: bool) -> None:
@@ -128,21 +115,11 @@ def show_facts(recipe: Recipe, facts: dict[str, Any], as_json: bool) -> None:
     typer.echo("nothing was started (--dry-run)")
 
 
-def _show_report(name: str, state: PhaseState) -> None:
-    metrics = state.metrics
-    accuracy = metrics.get("val/top1_accuracy")
-    shown = f"val top-1 {accuracy:.4f}" if accuracy is not None else "no validation"
-    rate = metrics["train/samples_per_s"]
-    typer.echo(
-        f"  {name}: step {state.step}, {shown}, best epoch {metrics['best_epoch']}, {rate:,.0f} samples/s", err=True
-    )
-
-
 def _show_results(results: list[TrainResult], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from orchestration.training.result import notes
+    from orchestration.jobs.results import notes
 
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=1))

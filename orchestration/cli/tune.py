@@ -12,11 +12,11 @@ import typer
 
 from cluster.environment import load_platform_environment
 from orchestration.cli.options import DryRunOption, JsonOption, RecipeArgument, SetOption
+from orchestration.cli.progress import line_printer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orchestration.jobs.stage_state import PhaseState
     from orchestration.recipe import Recipe
     from orchestration.search.records import TrialRecord
     from orchestration.search.result import OnTrial, TuneResult
@@ -46,14 +46,14 @@ def tune(
     from orchestration.search import tune as job
 
     with _progress(loaded, is_quiet=as_json) as on_trial:
-        result = job.tune(loaded, on_trial=on_trial, on_report=None if as_json else _show_report)
+        result = job.tune(loaded, on_trial=on_trial, progress=None if as_json else line_printer())
     _show_result(result, as_json)
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
+    from orchestration.jobs.prepare import prepare
     from orchestration.search.check import check_search
     from orchestration.search.trial_recipes import first_point
-    from orchestration.training.prepare import prepare
 
     preparation = prepare(recipe)
     check_search(preparation)
@@ -132,12 +132,6 @@ def _table(records: list[TrialRecord], recipe: Recipe) -> Table:
             record.error[:60] or record.ended, str(record.params.get("loss.name", recipe.loss.name)), f"{rate:.2g}",
         )  # fmt: skip
     return table
-
-
-def _show_report(name: str, state: PhaseState) -> None:
-    accuracy = state.metrics.get("val/top1_accuracy")
-    shown = "" if accuracy is None else f", val top-1 {accuracy:.4f}"
-    typer.echo(f"  winner, {name}: step {state.step}{shown}", err=True)
 
 
 def _show_result(result: TuneResult, as_json: bool) -> None:

@@ -1,21 +1,21 @@
-"""One phase of a run under Ray Train: attempts that go on from the last checkpoint until the final report is in S3.
+"""One stage under Ray Train: attempts that go on from the last checkpoint until the final report is in S3.
 
-Ray Train's own retries would also repeat errors that no retry mends (a corrupt shard, a loss that is not finite), so a
-phase has them off and counts attempts itself. `latest.json` beside the attempts names the newest checkpoint that every
-rank has uploaded; it is written by the controller after the report is complete, so an attempt that died while uploading
-leaves the one before.
+Only a lost process or node, a preemption or a broken network starts another attempt. Ray Train's own retries would
+also repeat errors that no retry mends, so they are off and attempts are counted here.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -23,9 +23,11 @@ import ray.train
 from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestration.jobs.stage_state import Curve, PhaseState, read_curve, read_state
+from orchestration.jobs.checkpoints import Curve, StageState, delete_old_attempts, read_curve, read_state
+from orchestration.jobs.lease import Lease
+from orchestration.jobs.worker import Stage, train_loop_per_worker
 from orchestration.services import storage
-from orchestration.services.ray_cluster import last_line, require_cluster
+from orchestration.services.ray_cluster import last_line, require_cluster, wait_for_resources
 from orchestration.services.tracking import RunLogger
 from orchestration.streaming.ordered_stream import configure_ray_data
 from tinyemo.errors import PlatformError, StorageError, TinyEmoError, TrainingError
@@ -33,43 +35,76 @@ from tinyemo.errors import PlatformError, StorageError, TinyEmoError, TrainingEr
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called with ("RUN STAGE", steps done, steps in all, newest figures) at every log."""
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.OwnerDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RpcError,
+    ConnectionError,
+    TimeoutError,
+)
+"""Errors of a lost process, a lost node or the network."""
+LOST_NAMES = re.compile(
+    r"^(WorkerHealthCheck|WorkerGroupStartup|Dist(Network|Backend|Store)Error|\w*CollectiveTimeout)"
+)
+LOST_TEXT = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|preempt", re.IGNORECASE)
+"""Messages of a collective whose peer has gone: torch raises plain RuntimeError for gloo."""
+_WRAPPERS = ("cause", "_base_exc", "controller_failure")
 
 
 class ReportCallback(UserCallback):
-    """Runs in Ray Train's controller: names the checkpoint as the newest, keeps the curve, shows it in MLflow.
+    """Record each report; runs in Ray Train's controller.
 
     Attributes:
-        folder: S3 folder of the phase.
-        prefix: what stands for `train/` in MLflow, so that two phases of a run do not share a curve.
+        folder: S3 folder of the stage.
+        prefix: stands for `train/` in MLflow, so that two stages of a run do not share a curve.
+        lease: of the run; a driver that lost it writes nothing more.
     """
 
-    def __init__(self, folder: str, run_logger: RunLogger | None, prefix: str = "train") -> None:
+    def __init__(
+        self, folder: str, run_logger: RunLogger | None, prefix: str = "train", lease: Lease | None = None
+    ) -> None:
         self.folder = folder
         self.run_logger = run_logger
         self.prefix = prefix
+        self.lease = lease
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called once all ranks have reported and the checkpoint is whole."""
+        """Store figures, and name the checkpoint as the newest once all ranks have uploaded their parts."""
         report = dict(metrics[0])
         step, is_final = int(report["step"]), bool(report.pop("is_final"))
         curve: Curve = [(int(point.pop("step")), point) for point in report.pop("curve", [])]
-        if not is_final:
-            curve.append((step, {k: float(v) for k, v in report.items() if k.startswith(("val/", "train/"))}))
+        for _, point in curve:
+            report |= point
         if curve:
-            storage.write_json(f"{self.folder}/curve/{curve[0][0]:09d}.json", curve)
-        state = PhaseState(self.folder, f"s3://{checkpoint.path}", step, is_final, report)
-        storage.write_json(f"{self.folder}/latest.json", asdict(state))
-        if self.run_logger is not None:
-            try:
-                self.run_logger.log_curve(self._renamed(curve))
-            except PlatformError as error:
-                logger.warning("this part of the curve is not in MLflow before the phase's end: %s", error)
+            self._write(f"{self.folder}/curve/{curve[0][0]:09d}-{step:09d}.json", curve)
+        self._write(f"{self.folder}/progress.json", report)
+        if checkpoint is not None:
+            state = StageState(self.folder, f"s3://{checkpoint.path}", step, is_final, report)
+            self._write(f"{self.folder}/latest.json", asdict(state))
+        self._log(curve)
+
+    def _write(self, uri: str, document: Any) -> None:
+        (self.lease.write_json if self.lease is not None else storage.write_json)(uri, document)
+
+    def _log(self, curve: Curve) -> None:
+        if self.run_logger is None:
+            return
+        try:
+            self.run_logger.log_curve(self._renamed(curve))
+        except PlatformError as error:
+            logger.warning("this part of the curve is not in MLflow before the stage's end: %s", error)
 
     def complete(self) -> None:
-        """Called by the driver once the phase has ended: what MLflow did not take while it ran is sent again.
+        """Send what MLflow did not take while the stage ran; the driver calls it at the stage's end.
 
         Raises:
-            PlatformError: MLflow does not answer; the same call later makes up for it.
+            PlatformError: MLflow does not answer; the same command later makes up for it.
         """
         if self.run_logger is not None:
             self.run_logger.log_curve(self._renamed(read_curve(self.folder)))
@@ -78,54 +113,33 @@ class ReportCallback(UserCallback):
         return [(step, {k.replace("train/", f"{self.prefix}/"): v for k, v in row.items()}) for step, row in curve]
 
 
-if TYPE_CHECKING:
-    # A phase knows no job from inside: a projector's run need not wait for what a language model's imports.
-    from orchestration.reasoning.evaluate import EvaluateJob
-    from orchestration.reasoning.loop import StageJob
-    from orchestration.streaming.loop import StreamJob
-    from orchestration.training.loop import TrainJob
-
-    Job = TrainJob | StreamJob | StageJob | EvaluateJob
-Loop = Callable[[dict[str, Any]], None]
-
-
-def run_phase(
-    job: Job,
-    loop: Loop,
-    callback: ReportCallback,
-    *,
-    on_report: Callable[[PhaseState], None] | None = None,
-) -> PhaseState:
-    """Run `loop` on every worker until the final report is in S3, from the newest checkpoint there if one exists.
+def run_stage(stage: Stage, callback: ReportCallback, progress: Progress | None = None) -> StageState:
+    """Run a stage on every worker until its final report is in S3, from the newest checkpoint there if one exists.
 
     Raises:
-        TrainingError: workers were lost more than workers.max_failures times, or the run cannot go on.
-        PlatformError: the Ray cluster is gone, or MLflow does not answer at the phase's end; the same call goes on.
-        TinyEmoError: what a worker raised and no retry would mend.
+        TrainingError: workers were lost more than workers.max_failures times, or a worker raised.
+        PlatformError: the Ray cluster is gone, or MLflow does not answer at the stage's end; the same command goes on.
+        TinyEmoError: raised by a worker, unchanged.
     """
     failures, folder = 0, callback.folder
     while True:
         state = read_state(folder)
         if state is not None and state.is_final:
             callback.complete()
+            delete_old_attempts(folder, state)
             return state
+        delete_old_attempts(folder, state)
         if state is not None:
             logger.warning("going on from step %d of %s", state.step, folder)
-            job = replace(job, resume_from=state.checkpoint, start_step=state.step)
+            stage = replace(stage, resume_from=state.checkpoint, start_step=state.step)
         try:
-            with _watched(folder, on_report):
-                _run_attempt(job, loop, callback)
+            with _watched(stage, folder, progress):
+                _run_attempt(stage, callback)
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            # A lost worker, a controller that S3 kept waiting for too long or that is lost with its node: all mend by
-            # another attempt, as long as there is a cluster.
-            cause = find_cause([error, *getattr(error, "worker_failures", {}).values()])
-            if cause is not None:
-                raise cause from error
-            if isinstance(error, ray.exceptions.RayTaskError):
-                raise  # a defect of ours, with its traceback
+            _raise_if_ours(error)
             require_cluster(error)
             failures += 1
-            allowed = job.recipe.workers.max_failures
+            allowed = stage.recipe.workers.max_failures
             logger.warning("attempt failed (%d of %d allowed): %s", failures, allowed, last_line(error))
             if failures > allowed:
                 raise TrainingError(
@@ -134,28 +148,35 @@ def run_phase(
                 ) from error
 
 
-def _run_attempt(job: Job, loop: Loop, callback: ReportCallback) -> None:
-    recipe = job.recipe
-    has_gpus = ray.cluster_resources().get("GPU", 0) >= recipe.workers.num_workers
+def _run_attempt(stage: Stage, callback: ReportCallback) -> None:
+    workers, is_gpu = stage.recipe.workers, stage.device == "gpu"
+    # Ray Train passes this variable on to its controller; a report waits for the poll before the next one.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     bucket, key = storage.parse_s3_uri(callback.folder)
+    resources = {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if is_gpu else {})
+    name = f"{stage.recipe.name} {stage.name}"
+    is_restart = stage.resume_from is not None
+    wait_for_resources(
+        [resources] * workers.num_workers, workers.start_timeout_s, name, logger.warning, may_rejoin=is_restart
+    )
     data_config = configure_ray_data()
     trainer = TorchTrainer(
-        loop,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if has_gpus else "gloo"),
+        train_loop_per_worker,
+        train_loop_config={"stage": stage},
+        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo", timeout_s=int(workers.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=recipe.workers.num_workers,
-            use_gpu=has_gpus,
-            resources_per_worker={"CPU": recipe.workers.cpus_per_worker} | ({"GPU": 1} if has_gpus else {}),
+            num_workers=workers.num_workers,
+            use_gpu=is_gpu,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=f"attempt-{int(time.time() * 1000)}",
             storage_path=f"{bucket}/{key}",
             storage_filesystem=storage.filesystem(),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.checkpoint.keep),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=stage.recipe.checkpoint.keep),
             callbacks=[callback],
         ),
-        datasets=job.datasets(),
+        datasets=stage.datasets(),
         dataset_config=data_config,
     )
     with _interruptible():
@@ -164,11 +185,11 @@ def _run_attempt(job: Job, loop: Loop, callback: ReportCallback) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C in the block is KeyboardInterrupt again, and after it Ray Train's handler for a dead trainer is gone."""
+    """Raise KeyboardInterrupt for Ctrl-C in the block, and take Ray Train's handler of a dead trainer away after it."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as error:  # how Ray Train ends a run that it aborted, with exit code 0
+    except SystemExit as error:  # Ray Train ends a run that it aborted so, with exit code 0.
         raise KeyboardInterrupt("stopped by a signal") from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -176,9 +197,9 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(folder: str, on_report: Callable[[PhaseState], None] | None) -> Iterator[None]:
-    """Call `on_report` in a thread for each new state of the phase while the block runs."""
-    if on_report is None:
+def _watched(stage: Stage, folder: str, progress: Progress | None) -> Iterator[None]:
+    """Call `progress` from a thread for each new report of the stage while the block runs."""
+    if progress is None:
         yield
         return
     stop = threading.Event()
@@ -187,12 +208,17 @@ def _watched(folder: str, on_report: Callable[[PhaseState], None] | None) -> Ite
         seen = -1
         while not stop.wait(POLL_S):
             try:
-                state = read_state(folder)
+                report = storage.read_json(f"{folder}/progress.json")
             except StorageError:
-                continue  # the trainer's own reads will say it, with what to do
-            if state is not None and state.step > seen and not state.is_final:
-                seen = state.step
-                on_report(state)
+                continue  # No report yet, or S3 is away: the trainer's own reads will say what to do.
+            if report["step"] > seen:
+                seen = report["step"]
+                progress(
+                    f"{stage.recipe.name} {stage.name}",
+                    seen,
+                    report["num_steps"],
+                    {k: v for k, v in report.items() if "/" in k},
+                )
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -203,24 +229,52 @@ def _watched(folder: str, on_report: Callable[[PhaseState], None] | None) -> Ite
         thread.join()
 
 
-def find_cause(errors: list[BaseException]) -> TinyEmoError | None:
-    """The first of our own errors among `errors` and what they wrap, if any."""
-    seen: set[int] = set()
-    while errors:
-        error = errors.pop(0)
-        if id(error) in seen:
+def _figures(report: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in report.items() if "/" in key}
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    """Return where another attempt may mend `error`; raise where no attempt would.
+
+    Raises:
+        TinyEmoError: raised by our code in a worker or in the controller, in one line.
+        TrainingError: any other exception of a worker; its traceback goes to the log.
+    """
+    for one in unwrapped(error):
+        if isinstance(one, TinyEmoError):
+            # Ray mixes its own class into ours and prints a remote traceback: keep our class and our line.
+            kind = next(k for k in type(one).__mro__ if k.__module__ == TinyEmoError.__module__)
+            raise kind(str(getattr(one, "cause", one)).strip().splitlines()[0]) from error
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    # Peers of a rank that raised lose their connection: one error that is none of the network's decides.
+    defects = [one for one in failures.values() if not any(is_lost(inner) for inner in unwrapped(one))]
+    if not defects:
+        return
+    logger.error("a worker failed:\n%s", error)
+    cause = list(unwrapped(defects[0]))[-1]
+    raise TrainingError(
+        f"a worker raised {type(cause).__name__}: {last_line(cause)}; no retry mends that, the traceback stands above"
+    ) from error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error says that a process, a node or a connection was lost."""
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" in str(error):
+        return False  # The actor's own constructor raised.
+    if isinstance(error, LOST) or LOST_NAMES.match(type(error).__name__):
+        return True
+    return isinstance(error, RuntimeError) and bool(LOST_TEXT.search(str(error)))
+
+
+def unwrapped(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and, innermost last, every error that it wraps."""
+    todo, seen = [error], set[int]()
+    while todo:
+        one = todo.pop(0)
+        if id(one) in seen:
             continue
-        seen.add(id(error))
-        if isinstance(error, TinyEmoError):
-            # Ray's mixture of its own error and ours prints a remote traceback, and Ray Data adds lines of its own to
-            # ours: say our line alone.
-            kind = next(k for k in type(error).__mro__ if k.__module__ == TinyEmoError.__module__)
-            inner = getattr(error, "cause", error)
-            found: TinyEmoError = kind(str(inner).strip().splitlines()[0])
-            return found
-        wrapped = [error.__cause__, error.__context__, *(getattr(error, name, None) for name in _WRAPPERS)]
-        errors += [inner for inner in wrapped if isinstance(inner, BaseException)]
-    return None
-
-
-_WRAPPERS = ("cause", "base_exception", "_base_exception", "controller_failure")
+        seen.add(id(one))
+        yield one
+        wrapped = [one.__cause__, one.__context__, *(getattr(one, name, None) for name in _WRAPPERS)]
+        wrapped += getattr(one, "worker_failures", {}).values()
+        todo += [inner for inner in wrapped if isinstance(inner, BaseException)]

@@ -44,6 +44,11 @@ Digests = Mapping[str, str]
 """Name of a data set that a run reads -> digest of its manifest."""
 
 
+def run_folder(recipe: Recipe) -> str:
+    """Return the S3 folder that holds a run's files."""
+    return f"{recipe.checkpoint.root}/{recipe.name}"
+
+
 class Holder(BaseModel, frozen=True):
     """The driver that holds a lease."""
 

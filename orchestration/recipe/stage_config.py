@@ -35,6 +35,8 @@ class ReasonerSource(Section):
     """Commit of a hub repository, 40 hexadecimal digits."""
     connector: Literal["identity", "linear", "mlp2x_gelu"] = "mlp2x_gelu"
     """Module that maps patch features to the language model's input embeddings."""
+    export_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the finished model is stored."""
 
 
 class LoraConfig(Section):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from orchestration.jobs.prepare import Preparation
 from orchestration.recipe import Recipe
 from orchestration.search.space import Distribution
 from orchestration.search.trial_recipes import trial_recipe
-from orchestration.training.prepare import Preparation
 from tinyemo.errors import ConfigError
 
 

@@ -11,10 +11,13 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestration.assets.labels import label_embeddings
+from orchestration.jobs.job import train
 from orchestration.jobs.lease import write_claim
+from orchestration.jobs.prepare import Preparation
+from orchestration.jobs.results import TrainResult
 from orchestration.recipe import Recipe, to_toml
 from orchestration.search.finalists import Finalist, judge_finalists
 from orchestration.search.plots import plot_best_so_far, plot_parallel_coordinates
@@ -26,10 +29,10 @@ from orchestration.search.trial import SearchData, read_search_data
 from orchestration.search.trial_recipes import first_point, trial_recipe, winner_recipe
 from orchestration.services import storage, tracking
 from orchestration.services.ray_cluster import connect
-from orchestration.training.prepare import Preparation
-from orchestration.training.result import OnReport, TrainResult
-from orchestration.training.train import train
 from tinyemo.errors import TrainingError
+
+if TYPE_CHECKING:
+    from orchestration.jobs.attempts import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ def run_search(
     folder: str,
     *,
     on_trial: OnTrial | None = None,
-    on_report: OnReport | None = None,
+    progress: Progress | None = None,
 ) -> TuneResult:
     """Run what `prepare` and `check_search` found, from where an earlier call left it.
 
@@ -66,7 +69,7 @@ def run_search(
         records, search_s = _search(recipe, data, folder, run, on_trial)
         _log_search(recipe, run, records)
         winner, finalists = _choose(recipe, data, folder, records)
-        results, version, winner_uri = _train_winner(recipe, folder, run, winner, on_report)
+        results, version, winner_uri = _train_winner(recipe, folder, run, winner, progress)
         accuracies = [r.test_top1_accuracy for r in results]
         ends = [record.ended for record in records]
         tuned = TuneResult(
@@ -196,7 +199,7 @@ def _log_search(recipe: Recipe, run: tracking.RunHandle, records: list[TrialReco
 
 
 def _train_winner(
-    recipe: Recipe, folder: str, run: tracking.RunHandle, winner: TrialRecord, on_report: OnReport | None
+    recipe: Recipe, folder: str, run: tracking.RunHandle, winner: TrialRecord, progress: Progress | None
 ) -> tuple[list[TrainResult], str, str]:
     """Runs of `tinyemo train` by seed, the registered version, and where the recipe lies."""
     chosen = winner_recipe(recipe, winner)
@@ -206,15 +209,15 @@ def _train_winner(
         path = Path(name) / "winner.toml"
         path.write_text(to_toml(chosen))
         run.log_artifact(path)
-    results = []
+    results: list[TrainResult] = []
     for offset in range(recipe.search.winner_seeds):
         seed = chosen.train.seed + offset
         seeded = trial_recipe(chosen, {}, name=f"{chosen.name}-seed{seed}", seed=seed)
-        results.append(train(seeded, parent_run_id=run.run_id, on_report=on_report))
+        results.append(cast("TrainResult", train(seeded, parent_run_id=run.run_id, progress=progress)))
     best = max(results, key=lambda result: result.val_top1_accuracy or 0.0)
     version = tracking.register(
         best.run_id,
-        "projector",
+        best.model,
         recipe.search.registered_name,
         tags={"search": recipe.name, "recipe": uri, "chosen_by": "val/top1_accuracy", "data": best.data,
               "llm": best.llm, "llm_weights": best.llm_weights},

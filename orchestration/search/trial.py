@@ -20,13 +20,13 @@ from torch import Tensor
 
 from orchestration.data.dataset import SplitRows, carve_validation
 from orchestration.data.manifest import Manifest
+from orchestration.jobs.prepare import Preparation
+from orchestration.jobs.projector import build_projector, objective_of
 from orchestration.recipe import Recipe
 from orchestration.search.records import SEEN, ZERO_SHOT
 from orchestration.services.engine import build_optimizer, build_schedule
 from orchestration.streaming.feature_stream import features_array, read_rows
 from orchestration.streaming.sampling import SampleOrder, TrainPlan
-from orchestration.training.loop import build_projector, objective_of
-from orchestration.training.prepare import Preparation
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from orchestration.jobs.lease import read_claim
+from orchestration.jobs.prepare import prepare
 from orchestration.recipe import Recipe
 from orchestration.search.check import check_search
 from orchestration.search.result import OnTrial, TuneResult
 from orchestration.services import storage, tracking
-from orchestration.training.prepare import prepare
-from orchestration.training.result import OnReport
+
+if TYPE_CHECKING:
+    from orchestration.jobs.attempts import Progress
 
 logger = logging.getLogger(__name__)
 
 
-def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport | None = None) -> TuneResult:
+def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, progress: Progress | None = None) -> TuneResult:
     """Search a recipe's space to its end, from where an earlier call of the same name and recipe left it.
 
     Raises:
@@ -35,4 +38,4 @@ def tune(recipe: Recipe, *, on_trial: OnTrial | None = None, on_report: OnReport
     # Torch and Ray take seconds to import: what is wrong with a search or its data has been said by now.
     from orchestration.search.driver import run_search
 
-    return run_search(preparation, claim, folder, on_trial=on_trial, on_report=on_report)
+    return run_search(preparation, claim, folder, on_trial=on_trial, progress=progress)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,6 @@ logger = logging.getLogger(__name__)
 TAG = "engine"
 Engine = Any
 """A `deepspeed.DeepSpeedEngine`, which is untyped."""
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed without what it would import for nothing, two seconds in every worker.
-
-    That is MLflow, for its autotuner, and torch's compiler, for the kernels of an optimizer that we do not use (Muon):
-    where that were used in this process, it would run uncompiled.
-    """
-    is_free = "mlflow" not in sys.modules
-    if is_free:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # "import mlflow" fails, which DeepSpeed expects
-    try:
-        import deepspeed
-        from deepspeed.runtime import compiler
-
-        compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-        try:
-            import deepspeed.runtime.zero.muon.original_muon
-        finally:
-            compiler.compile = compile_
-    finally:
-        if is_free:
-            del sys.modules["mlflow"]
-    return deepspeed
 
 
 def compute_dtype(config: EngineConfig) -> torch.dtype:
@@ -89,6 +66,7 @@ def build_engine(
         global_batch_size=global_batch_size,
         micro_batch_size=global_batch_size // world_size,
         world_size=world_size,
+        gradient_clipping=optimizer.gradient_clipping,
     )
 
 
@@ -101,8 +79,9 @@ def start_engine(
     global_batch_size: int,
     micro_batch_size: int,
     world_size: int,
+    gradient_clipping: float = 0.0,
 ) -> Engine:
-    """A DeepSpeed engine over the initialised process group.
+    """Return a DeepSpeed engine over the initialised process group.
 
     Args:
         model: whose frozen parameters have requires_grad off; they are in no parameter group and in no checkpoint.
@@ -112,8 +91,10 @@ def start_engine(
         global_batch_size: micro_batch_size * world_size * the micro-batches of a step.
         micro_batch_size: samples of one forward pass on one rank.
         world_size: ranks.
+        gradient_clipping: norm that gradients are scaled down to; 0 for no clipping.
     """
-    deepspeed = import_deepspeed()
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed reads files written by this run alone; torch still unpickles nothing but tensors and plain types.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -123,7 +104,7 @@ def start_engine(
         load_collectives()
     if torch.distributed.get_rank() == 0:
         logger.info("computing in %s on %s, ZeRO stage %d", dtype, _device_name(), engine.zero_stage)
-    config = _deepspeed_config(engine, dtype, global_batch_size, micro_batch_size, world_size)
+    config = _deepspeed_config(engine, dtype, global_batch_size, micro_batch_size, world_size, gradient_clipping)
     if engine.zero_stage == 3:
         # `initialize` would send the whole model to every rank before it shards it.
         deepspeed.init_distributed(dist_init_required=False)
@@ -143,15 +124,24 @@ def _device_name() -> str:
 
 
 def _deepspeed_config(
-    engine: EngineConfig, dtype: torch.dtype, global_batch_size: int, micro_batch_size: int, world_size: int
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    global_batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+    gradient_clipping: float,
 ) -> dict[str, Any]:
+    is_gpu = torch.cuda.is_available()
     offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer == "cpu" else {}
     return {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world_size),
-        # DeepSpeed 0.19.8 clips at 1.0 unless told; the published schedule does not clip.
-        "gradient_clipping": 0.0,
+        # DeepSpeed 0.19.8 clips at 1.0 where nothing is said.
+        "gradient_clipping": gradient_clipping,
+        # Sums of many bf16 gradients lose what a single one adds.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 2**31,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "zero_allow_untested_optimizer": True,
@@ -166,9 +156,9 @@ def _deepspeed_config(
             # By default a billion elements that backward will want again stay gathered.
             "stage3_max_reuse_distance": 4 * engine.bucket_elements,
             "sub_group_size": 4 * engine.bucket_elements,
-            # Copying gradients into one buffer costs more than it saves where there is nothing to overlap it with.
-            "contiguous_gradients": engine.zero_stage == 3,
-            "overlap_comm": False,
+            # On a CPU there is no other stream to overlap with, and copying gradients into one buffer only costs.
+            "contiguous_gradients": is_gpu or engine.zero_stage == 3,
+            "overlap_comm": is_gpu,
             **offload,
         },
     }
@@ -181,14 +171,27 @@ def _allow_deepspeed_types() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
-    # Python 3.11.0 to 3.11.3 pickle a member of an enum by getattr, which `weights_only` refuses; the others by value.
-    ZeroStageEnum.__reduce_ex__ = lambda member, protocol: (type(member), (member.value,))
 
 
-def train_step(engine: Engine, loss: Tensor) -> None:
-    """One backward pass and one optimizer step."""
+def train_step(engine: Engine, loss: Tensor, *, measures_norm: bool = False) -> float | Tensor | None:
+    """Take one backward pass and one optimizer step; return the gradient's norm where it is measured."""
     engine.backward(loss)
+    norm = norm_before_step(engine) if measures_norm else None
     engine.step()
+    return norm if norm is not None or not measures_norm else gradient_norm(engine)
+
+
+def norm_before_step(engine: Engine) -> Tensor | None:
+    """Return the norm of reduced gradients that DeepSpeed does not measure itself, () float32; None where it does."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def gradient_norm(engine: Engine) -> float | Tensor | None:
+    """Return the norm of all gradients at the last optimizer step, before clipping; None where it is not known."""
+    norm: float | Tensor | None = engine.get_global_grad_norm()
+    return norm
 
 
 def accumulate(engine: Engine, loss: Tensor, *, is_last: bool, before_step: Callable[[], None]) -> None:
@@ -226,23 +229,39 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state.pop(f"{prefix}{name}", None)
 
 
-def load_engine(engine: Engine, folder: Path) -> None:
-    """Restore model, optimizer and schedule from the folder that holds every rank's part.
+def is_part_of(name: str) -> int | None:
+    """Return the rank that a file of a checkpoint belongs to; None for a file that all ranks share."""
+    found = re.search(r"zero_pp_rank_(\d+)_", name)
+    return int(found.group(1)) if found else None
 
-    Raises:
-        TrainingError: the folder lacks this rank's part, for instance since the number of workers changed.
-    """
-    parts = len(list((folder / TAG).glob("*optim_states.pt")))
-    world_size = torch.distributed.get_world_size()
+
+def require_parts(engine: Engine, names: Iterable[str], world_size: int) -> None:
+    """Raise TrainingError where a checkpoint with these files was written by another number of workers."""
+    parts = sum(name.endswith("optim_states.pt") for name in names)
     if engine.zero_optimization() and parts != world_size:
         raise TrainingError(
             f"the checkpoint was written by {parts} workers and the run has {world_size}; "
             f"resume with workers.num_workers={parts}"
         )
+
+
+def load_engine(engine: Engine, folder: Path) -> None:
+    """Restore model, optimizer and schedule from a folder with this rank's part and what all ranks share.
+
+    Raises:
+        TrainingError: the folder lacks this rank's part.
+    """
     is_whole = all(parameter.requires_grad for parameter in engine.module.parameters())
     path, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=is_whole)
     if path is None:
-        raise TrainingError(f"the checkpoint in {folder} holds no engine; resume from an older one or start anew")
+        raise TrainingError(f"the checkpoint in {folder} holds no engine; resume from an older one or start afresh")
+
+
+def gathered(engine: Engine, parameters: list[nn.Parameter]) -> Any:
+    """Return a context in which parameters are whole on every rank, also where ZeRO 3 shards them."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3)
 
 
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
@@ -250,10 +269,8 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
 
     Under bf16 this rounds the fp32 master weights as the forward pass does.
     """
-    deepspeed = import_deepspeed()
     module: nn.Module = engine.module
-    parameters = list(module.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+    with gathered(engine, list(module.parameters())):
         return {
             name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().clone()
             for name, value in module.state_dict().items()
@@ -265,13 +282,12 @@ def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
 
     They are gathered one by one, so that no rank ever holds more than one of them beside its own part.
     """
-    deepspeed = import_deepspeed()
-    is_sharded, is_first = engine.zero_optimization_stage() == 3, torch.distributed.get_rank() == 0
+    is_first = torch.distributed.get_rank() == 0
     found: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+        with gathered(engine, [parameter]):
             if is_first:
                 found[name] = parameter.detach().float().cpu().clone()
     return found
@@ -328,13 +344,12 @@ def _bytes_of(held: Any, seen: set[int]) -> int:
 
 
 def load_collectives() -> None:
-    """Load the collectives DeepSpeed uses on a CPU into this process; the first caller of an environment compiles them.
+    """Load the collectives that DeepSpeed uses on a CPU; the first caller of an environment compiles them.
 
     Torch guards its build folder by a file that outlives a killed process, and every later process would wait for it
-    without end. So the folder is the environment's own, and whoever works in it holds a lock that the kernel takes
-    back from the dead: a guard that is found under that lock is a dead one's.
+    without end. So builds happen in a folder of the environment's own, under a lock that the kernel releases when its
+    holder dies. A guard found under that lock belongs to a dead process: the next folder is used.
     """
-    import_deepspeed()
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: F401  (imports register the builders)
 
@@ -342,20 +357,23 @@ def load_collectives() -> None:
     if folder is None:
         build_shm_op()
         return
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     # Another ninja does not trust this one's log and compiles everything again: always the environment's own.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     with (folder / "in_use").open("w") as in_use:
         fcntl.flock(in_use, fcntl.LOCK_EX)
-        for guard in folder.glob("*/lock"):
-            guard.unlink()
+        builds, number = folder, 0
+        while list(builds.glob("*/lock")):
+            number += 1
+            builds = folder / f"build-{number}"
+        builds.mkdir(exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(builds)
         build_shm_op()
 
 
 def _collectives_folder() -> Path | None:
     """Where this environment keeps what it compiled; None where it can't be written or the user named another."""
     folder = Path(sys.prefix) / "torch_extensions"
-    if os.environ.get("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+    if not Path(os.environ.get("TORCH_EXTENSIONS_DIR", folder)).is_relative_to(folder):
         return None
     try:
         folder.mkdir(exist_ok=True)

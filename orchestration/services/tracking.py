@@ -36,7 +36,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestration.services import storage
-from tinyemo.errors import AssetError, ConfigError, PlatformError, StorageError, TinyEmoError, TrainingError
+from tinyemo.errors import (
+    AssetError,
+    ConfigError,
+    LostLeaseError,
+    PlatformError,
+    StorageError,
+    TinyEmoError,
+    TrainingError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -390,6 +398,8 @@ def open_run(
         _finish(start)
         info = opened[0]
         yield RunHandle(info.run_id, info.url, info.experiment_id, RunLogger(info.run_id))
+    except LostLeaseError:
+        raise  # the run is another driver's now
     except BaseException as error:
         # SystemExit too: Ray turns SIGTERM into it. GeneratorExit comes where a KeyboardInterrupt left the block.
         is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from orchestration.data.manifest import Manifest, load_manifest
-from orchestration.jobs.stage_state import Curve, PhaseState, read_curve, read_state
+from orchestration.jobs.checkpoints import Curve, StageState, read_curve, read_state
 from orchestration.services import storage
 
 DEADLINE_S = 400.0
@@ -128,7 +128,7 @@ class Jobs:
         with self.connected():
             return read_curve(f"{RUNS}/{name}/{phase}")
 
-    def state(self, name: str, phase: str = "select") -> PhaseState | None:
+    def state(self, name: str, phase: str = "select") -> StageState | None:
         """How far a run's phase is."""
         with self.connected():
             return read_state(f"{RUNS}/{name}/{phase}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 import torch
 from ranks import Found, Jobs, run_groups
 
+from orchestration.jobs.projector import build_projector, train_batch
+from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services.engine import (
     build_engine,
@@ -21,11 +22,11 @@ from orchestration.services.engine import (
     full_state_dict,
     load_engine,
     optimizer_state_bytes,
+    require_parts,
     save_engine,
 )
 from orchestration.streaming.feature_stream import Batch
 from orchestration.streaming.sampling import rank_slice
-from orchestration.training.loop import build_projector, take_step
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
@@ -73,8 +74,8 @@ def engine_of(chosen: Recipe, world_size: int) -> Any:
 
 def steps(engine: Any, chosen: Recipe, rank: int, world_size: int, first: int, last: int) -> list[float]:
     goal = objective(chosen)
-    taken = [take_step(engine, goal, batch(s, rank, world_size), torch.device("cpu")) for s in range(first, last)]
-    return [row["train/loss"] for row in taken]
+    batches = (as_tensors(batch(step, rank, world_size)) for step in range(first, last))
+    return [float(train_batch(engine, goal, one, torch.device("cpu"))["train/loss"]) for one in batches]
 
 
 def losses_and_bytes(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -106,8 +107,10 @@ def save_and_resume(chosen: Recipe, rank: int, world_size: int, folder: Path) ->
 def resume_in_another_size(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[str]:
     said = []
     for stage in STAGES[1:]:
+        names = [path.name for path in (folder / f"stage-{stage}").rglob("*")]
+        engine = engine_of(at_stage(chosen, stage), world_size)
         with pytest.raises(TrainingError) as caught:
-            load_engine(engine_of(at_stage(chosen, stage), world_size), folder / f"stage-{stage}")
+            require_parts(engine, names, world_size)
         said.append(str(caught.value))
     return said
 
@@ -115,7 +118,7 @@ def resume_in_another_size(chosen: Recipe, rank: int, world_size: int, folder: P
 def meet_an_infinite_row(chosen: Recipe, rank: int, world_size: int, folder: Path) -> str:
     engine, goal = engine_of(chosen, world_size), objective(chosen)
     with pytest.raises(TrainingError) as caught:
-        take_step(engine, goal, batch(3, rank, world_size, is_finite=False), torch.device("cpu"))
+        train_batch(engine, goal, as_tensors(batch(3, rank, world_size, is_finite=False)), torch.device("cpu"))
     return str(caught.value)
 
 
@@ -204,14 +207,21 @@ def test_an_infinite_loss_stops_every_rank_and_names_its_samples(found: Found) -
 
 
 @pytest.mark.slow
-def test_a_process_killed_while_it_compiled_stops_nobody() -> None:
-    """Torch's guard file outlives its process, and whoever came next used to wait for it for ever."""
+def test_a_process_killed_while_it_compiled_stops_nobody(tmp_path: Path) -> None:
+    """Torch's guard file outlives its process, and every later process would wait for it for ever."""
     folder = Path(sys.prefix) / "torch_extensions"
-    guard = folder / "deepspeed_shm_comm" / "lock"
-    with (folder / "in_use").open() as in_use:
-        fcntl.flock(in_use, fcntl.LOCK_EX)
-        guard.touch()
-
-    subprocess.run([sys.executable, "-m", "orchestration.services.engine"], check=True, timeout=120)
-
-    assert not guard.exists()
+    code = (
+        "import os, pathlib, sys; import orchestration.services.engine as engine;"
+        "engine._collectives_folder = lambda: pathlib.Path(sys.argv[1]);"
+        "import deepspeed.comm.torch as comm;"
+        "comm.build_shm_op = lambda: print(os.environ['TORCH_EXTENSIONS_DIR']);"
+        "engine.load_collectives()"
+    )
+    assert folder.is_dir()
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    guard = tmp_path / "deepspeed_shm_comm" / "lock"
+    guard.touch()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+    assert found.splitlines()[-1] == str(tmp_path / "build-1")
+    assert guard.exists()

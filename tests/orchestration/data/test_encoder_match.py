@@ -16,8 +16,8 @@ from vision_files import CLIP_WIDTH, EKMAN, OTHER
 from orchestration.cli import app
 from orchestration.data.manifest import load_manifest
 from orchestration.datasets.ingest import ingest_features
+from orchestration.jobs.prepare import prepare
 from orchestration.recipe import parse_recipe
-from orchestration.training.prepare import prepare
 from tinyemo.config import ProjectorConfig
 from tinyemo.embedding_tables import random_table
 from tinyemo.encoders import EncoderInfo, card_entries, parquet_metadata

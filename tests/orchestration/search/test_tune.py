@@ -20,6 +20,8 @@ import torch
 import torch.multiprocessing
 from job_runner import RUNS, Jobs
 
+from orchestration.jobs.projector import build_projector, objective_of, train_batch
+from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.search.records import (
     SEEN,
@@ -36,7 +38,6 @@ from orchestration.search.trial_recipes import first_point
 from orchestration.services import storage
 from orchestration.services.engine import build_engine
 from orchestration.streaming.feature_stream import Batch
-from orchestration.training.loop import build_projector, objective_of, take_step
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import known_words
 from tinyemo.taxonomies import TAXONOMIES
@@ -90,7 +91,8 @@ def engine_losses(rank: int, port: int, path: str, content: dict[str, Any]) -> N
         places = plan.plan.global_batch(step)
         features = data.train.features[plan.rows.row[places]]
         batch = Batch("train", step, [str(place) for place in places], features, plan.rows.label[places])
-        losses.append(take_step(engine, objective, batch, torch.device("cpu"))["train/loss"])
+        point = train_batch(engine, objective, as_tensors(batch), torch.device("cpu"))
+        losses.append(float(point["train/loss"]))
     Path(path).write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 

@@ -274,20 +274,20 @@ def test_a_long_curve_arrives_whole_also_from_another_process(server):
 @pytest.mark.timeout(120)
 def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, monkeypatch, caplog):
     """The server is away for one of three reports: S3 has the whole curve, MLflow too at the end, no step twice."""
-    from orchestration.jobs.attempts import ReportCallback, run_phase
+    from orchestration.jobs.attempts import ReportCallback, run_stage
 
     with open_run(EXPERIMENT, "gap", params={}, tags={}) as run:
         callback = ReportCallback(f"{s3_root}/refit", run.logger, prefix="refit")
         for step in (2, 4, 6):
             curve = [{"step": s, "train/loss": 1.0 / s} for s in (step - 1, step)]
-            report = {"step": step, "is_final": step == 6, "curve": curve}
+            report = {"step": step, "num_steps": 6, "is_final": step == 6, "curve": curve}
             with monkeypatch.context() as patch:
                 if step == 4:
                     patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
                 callback.after_report(None, [report], SimpleNamespace(path="tests/checkpoint"))
         assert "give the same command again once it answers" in caplog.text
         assert len(client(server).get_metric_history(run.run_id, "refit/loss")) == 4
-        state = run_phase(None, None, callback)  # all is trained: it has nothing to start
+        state = run_stage(None, callback)  # all is trained: it has nothing to start
     assert (state.step, state.is_final) == (6, True)
     history = client(server).get_metric_history(run.run_id, "refit/loss")
     assert sorted((entry.step, entry.value) for entry in history) == [(step, 1.0 / step) for step in range(1, 7)]

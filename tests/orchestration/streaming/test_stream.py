@@ -13,10 +13,10 @@ import pytest
 
 from orchestration.data.dataset import carve_validation
 from orchestration.datasets.ingest import ingest_features
+from orchestration.jobs.prepare import Preparation, prepare
 from orchestration.recipe import parse_recipe
 from orchestration.services import storage
 from orchestration.streaming.feature_stream import Batch, StreamPlan, open_stream
-from orchestration.training.prepare import Preparation, prepare
 from tinyemo.errors import ConfigError, DataError, TrainingError
 from tinyemo.taxonomies import TAXONOMIES
 

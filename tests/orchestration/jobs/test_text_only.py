@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
-from orchestration.jobs.stage_state import PhaseState
-from orchestration.reasoning.compare import compare_runs
-from orchestration.reasoning.evaluate import measure_records, summarise
-from orchestration.reasoning.model_card import evaluation_lines
-from orchestration.reasoning.steps import Inputs
+from orchestration.jobs.checkpoints import StageState
+from orchestration.jobs.evaluation import measure_records, summarise
+from orchestration.jobs.model_card import evaluation_lines
+from orchestration.jobs.paired import compare_runs
+from orchestration.jobs.steps import Inputs
 from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import parse_recipe
 from orchestration.recipe.stage_config import StageConfig
@@ -73,7 +73,7 @@ def test_a_connector_cannot_be_trained_without_images() -> None:
 def store(root: str, name: str, rows: list[dict[str, Any]], *, is_final: bool = True) -> None:
     folder = f"{root}/{name}/evaluation"
     storage.write_json(f"{folder}/checkpoint/rows.json", rows)
-    storage.write_json(f"{folder}/latest.json", asdict(PhaseState(folder, f"{folder}/checkpoint", 1, is_final, {})))
+    storage.write_json(f"{folder}/latest.json", asdict(StageState(folder, f"{folder}/checkpoint", 1, is_final, {})))
 
 
 def test_runs_are_compared_record_by_record(s3_root: str) -> None:

@@ -11,9 +11,9 @@ import torch
 from ranks import Found, Jobs, run_groups
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
-from orchestration.reasoning.first_rank import build_on_first_rank
-from orchestration.reasoning.loop import start_stage
-from orchestration.reasoning.steps import Inputs, MicroBatch, losses_by_record, mean_loss, take_step
+from orchestration.jobs.first_rank import build_on_first_rank
+from orchestration.jobs.reasoner import start_stage
+from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
 from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recipe.stage_config import StageConfig
@@ -80,8 +80,8 @@ def start(chosen: Recipe, world_size: int, tower: str = "clip") -> tuple[Any, In
 
 
 def steps(engine: Any, inputs: Inputs, rank: int, world_size: int, first: int, last: int) -> list[float]:
-    taken = [take_step(engine, parts(inputs, global_batch(s), rank, world_size), s, 0) for s in range(first, last)]
-    return [point["train/loss"] for point, _ in taken]
+    batches = ((step, parts(inputs, global_batch(step), rank, world_size)) for step in range(first, last))
+    return [float(train_micro_batches(engine, micro, step, 0)[0]["train/loss"]) for step, micro in batches]
 
 
 def curves(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def with_batch_norm(chosen: Recipe, rank: int, world_size: int, folder: Path) ->
     def losses(engine: Any, inputs: Inputs, first: int, last: int) -> list[float]:
         batches = [global_batch(step, num_patches=49, side=224) for step in range(first, last)]
         return [
-            take_step(engine, parts(inputs, batch, rank, world_size), step, 0)[0]["train/loss"]
+            float(train_micro_batches(engine, parts(inputs, batch, rank, world_size), step, 0)[0]["train/loss"])
             for step, batch in enumerate(batches, first)
         ]
 
@@ -175,7 +175,7 @@ def meet_a_bad_record(chosen: Recipe, rank: int, world_size: int, folder: Path) 
         pixels[-1, 0, 0, 0] = torch.inf
     before = [parameter.detach().clone() for parameter in engine.module.connector.parameters()]
     with pytest.raises(TrainingError) as caught:
-        take_step(engine, micro, 3, 0)
+        train_micro_batches(engine, micro, 3, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.connector.parameters(), strict=True))
     return str(caught.value)
 

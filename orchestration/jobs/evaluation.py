@@ -1,104 +1,117 @@
-"""The last reading: held-out records with their own image, with another's, and with none."""
+"""The evaluation's task: held-out records with their own image, with another record's, and with none."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from orchestration.reasoning.loop import use_threads
-from orchestration.reasoning.paired import PairedTest, mean_by_group, other_images, paired_test
-from orchestration.reasoning.steps import Inputs, losses_by_record
-from orchestration.reasoning.weights import build_trained
-from orchestration.recipe import Recipe
-from orchestration.recipe.stage_config import StageConfig
+from orchestration.jobs.checkpoints import fetched
+from orchestration.jobs.paired import PairedTest, mean_by_group, other_images, paired_test
+from orchestration.jobs.steps import Inputs, losses_by_record
+from orchestration.jobs.worker import Point, Stage
 from orchestration.services.engine import compute_dtype
-from orchestration.streaming.record_batches import RecordBatch
-from orchestration.streaming.record_stream import RecordPlan, build_record_dataset, open_record_stream
 from tinyemo.errors import DataError
 from tinyemo.packing import micro_batches
 from tinyemo.reasoner.model import Reasoner
-
-if TYPE_CHECKING:
-    import ray.data
 
 logger = logging.getLogger(__name__)
 
 CONDITIONS = ("right", "shuffled", "text_only")
 """The record's own image; another record's; neither image nor image tokens, the rest of the prompt as it was."""
+ROWS = "rows.json"
 
 
 @dataclass(frozen=True)
-class EvaluateJob:
-    """What every rank gets to know of the evaluation.
+class EvaluationJob:
+    """What the evaluation needs beside its stream: the S3 folder of the exported model, and how it is measured."""
 
-    Attributes:
-        plan: of the records, one epoch.
-        weights: S3 folder of each stage's trained weights, by its name.
-        resume_from: unused; an evaluation that lost a worker starts anew.
-        start_step: likewise.
-    """
-
-    recipe: Recipe
-    plan: RecordPlan
-    weights: dict[str, str]
-    resume_from: str | None = None
-    start_step: int = 0
-
-    def datasets(self) -> dict[str, ray.data.Dataset]:
-        """The records."""
-        return {"samples": build_record_dataset(self.plan, 0)}
+    model: str
+    conditions: tuple[str, ...]
+    micro_batch_size: int
 
 
-def evaluate_loop_per_worker(config: dict[str, Any]) -> None:
-    """Measure every record of the plan on this rank; the final report holds a row for each, of all ranks."""
+@dataclass
+class EvaluationState:
+    """What a rank keeps: the model, and rows of this rank's records, or of all ranks' after a restart on rank 0."""
+
+    model: Reasoner
+    job: EvaluationJob
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    engine: None = None
+    spare: tuple[list[str], Tensor] | None = None
+
+
+def build(stage: Stage, device: torch.device) -> EvaluationState:
+    """Return the exported model on the device; each node fetches it once."""
     import ray.train
-    from ray.train.torch import get_device
 
-    job: EvaluateJob = config["job"]
-    rank, device = ray.train.get_context().get_world_rank(), get_device()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)
-    use_threads(job.recipe)
-    model = build_trained(job.recipe, job.weights).to(device=device, dtype=compute_dtype(job.recipe.engine))
-    records = open_record_stream(ray.train.get_dataset_shard("samples"), job.plan, rank=rank, start_step=0)
-    last = _last(job.recipe)
-    conditions = CONDITIONS if last.images else ("text_only",)
-    rows = list(measure_records(model, records, conditions, micro_batch_size=last.micro_batch_size))
+    local_rank = ray.train.get_context().get_local_rank()
+    with fetched(stage.job.model, lambda name: local_rank == 0, local_rank=local_rank) as folder:
+        model = Reasoner.from_pretrained(folder, dtype=compute_dtype(stage.recipe.engine))
+        assert isinstance(model, Reasoner)
+        model.to(device).eval()
+    return EvaluationState(model, stage.job)
+
+
+def take_step(state: EvaluationState, batch: Any, *, is_logged: bool) -> Point:
+    """Measure this rank's records of a batch."""
+    conditions, size = state.job.conditions, state.job.micro_batch_size
+    state.rows += measure_records(state.model, iter([batch]), conditions, micro_batch_size=size, spare=state.spare)
+    whole = batch.part(slice(0, int(batch.is_real.sum())))
+    state.spare = ([_digest(pixels) for pixels in whole.pixel_values], whole.pixel_values) if whole.ids else state.spare
+    return {}
+
+
+def rates(state: EvaluationState, elapsed_s: float) -> dict[str, float]:
+    """Return no figures."""
+    return {}
+
+
+def measure(state: EvaluationState, stage: Stage, epoch: int, step: int) -> dict[str, float]:
+    """Return no figures."""
+    return {}
+
+
+def save(state: EvaluationState, folder: Path) -> None:
+    """Write the rows of all ranks so far on rank 0."""
     gathered: list[list[dict[str, Any]]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, rows)
-    report_rows([row for part in gathered for row in part], job.plan.num_steps, rank)
+    torch.distributed.all_gather_object(gathered, state.rows)
+    if torch.distributed.get_rank() == 0:
+        (folder / ROWS).write_text(json.dumps([row for part in gathered for row in part]))
 
 
-def _last(recipe: Recipe) -> StageConfig:
-    return list(recipe.stages.values())[-1]
+def load(state: EvaluationState, folder: Path) -> None:
+    """Read the rows of all ranks on rank 0."""
+    if torch.distributed.get_rank() == 0:
+        state.rows = json.loads((folder / ROWS).read_text())
 
 
-def report_rows(rows: list[dict[str, Any]], step: int, rank: int) -> None:
-    """The rows of all ranks as the final report; a barrier."""
-    import json
-    import tempfile
-    from pathlib import Path
-
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "rows.json").write_text(json.dumps(rows))
-        checkpoint = ray.train.Checkpoint.from_directory(name) if rank == 0 else None
-        ray.train.report({"step": step, "is_final": True}, checkpoint=checkpoint)
+def finish(state: EvaluationState, stage: Stage, folder: Path) -> dict[str, Any]:
+    """Return no figures: `save` writes the rows."""
+    return {}
 
 
 @torch.no_grad()
 def measure_records(
-    model: Reasoner, stream: Iterator[RecordBatch], conditions: Sequence[str] = CONDITIONS, *, micro_batch_size: int
+    model: Reasoner,
+    stream: Iterator[Any],
+    conditions: Sequence[str] = CONDITIONS,
+    *,
+    micro_batch_size: int,
+    spare: tuple[list[str], Tensor] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each record: id, image (a digest of its pixels), num_answer_tokens, and the mean nats of its answer's
-    tokens under each of the conditions.
+    """Yield a row for each record: id, image, num_answer_tokens, and the answer's mean nats under each condition.
+
+    `image` is a digest of the record's pixels.
 
     Another record's image is handed out within the batch, each once; a batch that is too much of one image takes from
     the batch before.
@@ -108,19 +121,20 @@ def measure_records(
     """
     device = next(model.parameters()).device
     inputs = Inputs(model.config.encoder_spec.preprocessing, device, model.config.image_token_id)
-    spare: tuple[list[str], Tensor] | None = None
     model.eval()
     for whole in stream:
         batch = whole.part(slice(0, int(whole.is_real.sum())))  # what fills up the last batch stands at its end
         if not batch.ids:
             continue
         names = [_digest(pixels) for pixels in batch.pixel_values]
-        others = _shuffled(names, batch.pixel_values, spare) if "shuffled" in conditions else batch.pixel_values
+        partners = getattr(batch, "other_pixel_values", None)
+        if partners is None:
+            partners = _shuffled(names, batch.pixel_values, spare) if "shuffled" in conditions else batch.pixel_values
         spare = (names, batch.pixel_values)
         for rows in micro_batches(len(names), micro_batch_size):
             part = batch.part(rows)
             options: dict[str, dict[str, Any]] = {
-                "right": {}, "shuffled": {"images": others[rows]}, "text_only": {"has_images": False},
+                "right": {}, "shuffled": {"images": partners[rows]}, "text_only": {"has_images": False},
             }  # fmt: skip
             micro = {name: inputs.micro_batch(part, **options[name]) for name in conditions}
             found = {name: losses_by_record(one, one.forward(model)) for name, one in micro.items()}

@@ -5,20 +5,21 @@ Shape letters: B records of a rank, T tokens of a packed row, S side of an image
 
 from __future__ import annotations
 
-import math
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from orchestration.services.engine import Engine, accumulate, state_bytes
+from orchestration.jobs.worker import Point, require_finite
+from orchestration.services.engine import Engine, accumulate, gradient_norm, norm_before_step, state_bytes
 from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.conversation import IGNORED
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import TrainingError
 from tinyemo.packing import micro_batches, pack
-from tinyemo.reasoner.flops import Work
+from tinyemo.reasoner.flops import FlopModel, Work
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Inputs:
         self.image_token_id = image_token_id
         self._preprocessing = preprocessing
 
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device; a copy to a GPU from pinned memory does not wait for earlier kernels."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def micro_batches(self, batch: RecordBatch, size: int) -> list[MicroBatch]:
         """The batch in parts of `size` records."""
         return [self.micro_batch(batch.part(rows)) for rows in micro_batches(len(batch.ids), size)]
@@ -87,10 +92,10 @@ class Inputs:
         lengths = [len(ids) for ids, _ in pairs]
         return MicroBatch(
             ids=batch.ids,
-            input_ids=packed.input_ids.to(self.device),
-            labels=packed.labels.to(self.device),
-            position_ids=packed.position_ids.to(self.device),
-            pixel_values=normalise(pixels.to(self.device), self._preprocessing) if has_images else None,
+            input_ids=self._moved(packed.input_ids),
+            labels=self._moved(packed.labels),
+            position_ids=self._moved(packed.position_ids),
+            pixel_values=normalise(self._moved(pixels), self._preprocessing) if has_images else None,
             work=Work(
                 tokens=sum(lengths),
                 answer_tokens=packed.num_answer_tokens,
@@ -107,17 +112,23 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def summed(values: list[float], device: torch.device) -> list[float]:
-    """The sums over all ranks, in float64."""
+def summed(values: list[float], device: torch.device) -> Tensor:
+    """Return the sums over all ranks, in float64 on the device."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
-    return [float(value) for value in tensor]
+    return tensor
 
 
-def take_step(
-    engine: Engine, micro_batches: list[MicroBatch], step: int, seed: int, *, counts_memory: bool = False
-) -> tuple[dict[str, float], Work]:
-    """One optimizer step over the micro-batches of all ranks: its figures and its work.
+def train_micro_batches(
+    engine: Engine,
+    micro_batches: list[MicroBatch],
+    step: int,
+    seed: int,
+    *,
+    counts_memory: bool = False,
+    measures_norm: bool = False,
+) -> tuple[Point, Tensor]:
+    """Take one optimizer step over the micro-batches of all ranks; return its figures and the counts of its work.
 
     The loss is the sum of nats over all answer tokens of the step divided by their number, whoever computed them, so
     that curves do not depend on the number of workers or on how long the answers of a micro-batch are.
@@ -133,35 +144,37 @@ def take_step(
         TrainingError: the loss is not finite, on every rank at the same step, with the records of this rank.
     """
     device, world_size = micro_batches[0].input_ids.device, torch.distributed.get_world_size()
+    is_cpu = device.type == "cpu"
     work = sum((part.work for part in micro_batches), Work())
     counts = summed([work.tokens, work.answer_tokens, work.images, work.context], device)
-    work = Work(*(int(count) for count in counts))
     ids = [name for part in micro_batches for name in part.ids]
-    if not work.answer_tokens:
+    if is_cpu and not counts[1]:
         raise TrainingError(f"step {step} has no answer token; this rank's records: {', '.join(ids)}")
-    rate = max(engine.get_lr())
+    point: Point = {"train/learning_rate": max(engine.get_lr())}
     torch.manual_seed((seed << 40) + step * world_size + torch.distributed.get_rank())
-    nats, losses, held = 0.0, [], {}
+    nats = torch.zeros((), dtype=torch.float64, device=device)
 
-    def check() -> None:
-        (total,) = summed([nats], device)
-        losses.append(total / work.answer_tokens)
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"train/loss is {losses[0]} at step {step}; this rank's records: {', '.join(ids)}. "
-                "Lower the stage's learning_rate or look at these records"
-            )
+    def before_step() -> None:
+        torch.distributed.all_reduce(nats)
+        point["train/loss"] = nats / counts[1]
+        if is_cpu:  # Reading a loss on a GPU would wait for it: the log does that.
+            require_finite(float(point["train/loss"]), step, ids, "Lower the stage's learning_rate")
         if counts_memory:
-            held.update({f"memory/{kind}_bytes": float(count) for kind, count in state_bytes(engine).items()})
+            point.update({f"memory/{kind}_bytes": float(count) for kind, count in state_bytes(engine).items()})
+        if measures_norm:
+            point["train/gradient_norm"] = norm_before_step(engine)
 
     for place, part in enumerate(micro_batches):
         loss = part.forward(engine).sum()
-        nats += float(loss.detach())
+        nats += loss.detach()
         is_last = place == len(micro_batches) - 1
-        accumulate(engine, loss * (world_size / work.answer_tokens), is_last=is_last, before_step=check)
-    point = {"train/loss": losses[0], "train/learning_rate": rate, "train/answer_tokens": float(work.answer_tokens)}
-    point["train/tokens"] = float(work.tokens)
-    return {"step": step, **point, **held}, work
+        scale = (world_size / counts[1]).to(loss.dtype)
+        accumulate(engine, loss * scale, is_last=is_last, before_step=before_step)
+    if measures_norm and point["train/gradient_norm"] is None:
+        point["train/gradient_norm"] = gradient_norm(engine)
+        if point["train/gradient_norm"] is None:
+            del point["train/gradient_norm"]
+    return point | {"train/answer_tokens": counts[1], "train/tokens": counts[0]}, counts
 
 
 @torch.no_grad()
@@ -174,8 +187,8 @@ def mean_loss(engine: Engine, inputs: Inputs, stream: Iterable[RecordBatch], mic
             sums[0] += float(part.forward(engine).sum())
             sums[1] += part.work.answer_tokens
     engine.train()
-    nats, num_tokens = summed(sums, inputs.device)
-    return nats / num_tokens
+    nats, num_tokens = summed(sums, inputs.device).tolist()
+    return float(nats / num_tokens)
 
 
 def losses_by_record(part: MicroBatch, nats: Tensor) -> list[tuple[int, float]]:
@@ -191,3 +204,56 @@ def losses_by_record(part: MicroBatch, nats: Tensor) -> list[tuple[int, float]]:
     counts = torch.bincount(owner, minlength=len(part.ids))
     sums = nats.new_zeros(len(part.ids)).index_add(0, owner, nats)
     return list(zip(counts.tolist(), sums.tolist(), strict=True))
+
+
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's data sheets."""
+
+
+class Meter:
+    """Rates of a run's steps between two calls of `take`; counts stay on the device until then.
+
+    Attributes:
+        flops: of the model, before DeepSpeed shards it.
+    """
+
+    def __init__(self, flops: FlopModel, device: torch.device, world_size: int) -> None:
+        self.flops = flops
+        self._device, self._world_size = device, world_size
+        self._counts: list[Tensor] = []
+
+    def add(self, counts: Tensor) -> None:
+        """Count the work of a step of all ranks, (4,): tokens, answer tokens, images, squared lengths."""
+        self._counts.append(counts)
+
+    def take(self, elapsed_s: float) -> dict[str, float]:
+        """Return figures of the steps since the last call, which took `elapsed_s`; none without a step."""
+        if not self._counts:
+            return {}
+        work = Work(*(int(count) for count in torch.stack(self._counts).sum(0)))
+        self._counts = []
+        rate = self.flops.of_training(work) / elapsed_s
+        found = {
+            "train/tokens_per_s": work.tokens / elapsed_s,
+            "train/model_flops_per_s": rate,
+            "train/peak_memory_bytes": float(peak_memory_bytes(self._device)),
+        }
+        peak = peak_flops(self._device)
+        if peak is not None:
+            found["train/mfu"] = rate / (peak * self._world_size)
+        return found
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a device by its vendor; None of a CPU and of a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.reasoning.family import recipe_for_size
+from orchestration.jobs.family import recipe_for_size
 from orchestration.recipe import FamilyConfig, parse_recipe, recipes_of_sizes
 from tinyemo.errors import AssetError, ConfigError
 

@@ -10,9 +10,9 @@ import pytest
 from job_runner import Jobs
 from record_files import drawn_picture
 
+from orchestration.jobs.prepare import prepare_records
 from orchestration.recipe import load_recipe
 from orchestration.streaming.ledger import check_ledger, read_ledger
-from orchestration.streaming.prepare import prepare_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

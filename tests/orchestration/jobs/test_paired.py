@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.reasoning.evaluate import summarise
-from orchestration.reasoning.paired import mean_by_group, other_images, paired_test
+from orchestration.jobs.evaluation import summarise
+from orchestration.jobs.paired import mean_by_group, other_images, paired_test
 
 
 @settings(deadline=None)

@@ -24,7 +24,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def give_freed_memory_back(*, at_once: bool) -> None:
-    """Whether a tensor of a mebibyte or more that this process frees goes back to the machine at once.
+    """Set whether a tensor of a mebibyte or more that this process frees goes back to the machine at once.
 
     glibc keeps freed blocks of up to 32 MiB for later, so that a rank which takes in a model parameter by parameter and
     keeps its shard of each would end up holding the whole; off are the rules that glibc itself arrives at.

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from orchestration.recipe import to_toml
 
 if TYPE_CHECKING:
-    from orchestration.reasoning.prepare import ReasoningPlan
-    from orchestration.reasoning.result import ReasonerResult
-    from orchestration.reasoning.sources import Sources
+    from orchestration.jobs.prepare import ReasoningPlan
+    from orchestration.jobs.results import ReasonerResult
 
 WARNINGS = {
     "llm_weights": "**The language model's weights are random**: it was never trained, its text means nothing.",
@@ -33,8 +32,9 @@ def warnings_of(result: ReasonerResult) -> list[str]:
     return said + [text for name, text in WARNINGS.items() if name in result.answers.split(",")]
 
 
-def model_card(plan: ReasoningPlan, sources: Sources, result: ReasonerResult) -> str:
+def model_card(plan: ReasoningPlan, result: ReasonerResult) -> str:
     """Markdown that says what the model is, from what, how good and how not."""
+    sources = plan.sources
     lines = [
         "---", "tags: [tinyemo, image-text-to-text]", f"base_model: {sources.llm_name}", "---", "",
         f"# {result.name}", "",

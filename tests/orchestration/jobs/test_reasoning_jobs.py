@@ -16,9 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestration.reasoning.prepare import prepare_reasoning
-from orchestration.reasoning.sources import describe_sources
-from orchestration.reasoning.steps import Inputs, losses_by_record
+from orchestration.jobs.prepare import prepare_reasoning
+from orchestration.jobs.steps import Inputs, losses_by_record
 from orchestration.reasoning.weights import build_for_stage
 from orchestration.recipe import load_recipe
 from orchestration.services import storage, tracking
@@ -126,7 +125,7 @@ def plain_losses(jobs: Jobs, recipe: Path) -> list[float]:
     """Of the first stage, by one process with torch's own optimizer: no Ray, no DeepSpeed, no checkpoint."""
     with jobs.connected():
         chosen = load_recipe(str(recipe), ["workers.num_workers=1"])
-        plan = prepare_reasoning(chosen, describe_sources(chosen)).stages["pretrain"]
+        plan = prepare_reasoning(chosen).stages["pretrain"]
         rows = [row for window in plan.windows(0) for row in plan.read(window, 0)]
     model, stage = build_for_stage(chosen, "pretrain", {}), chosen.stages["pretrain"]
     optimizer = torch.optim.AdamW(
@@ -237,7 +236,7 @@ def test_the_export_with_merged_adapters_has_the_loss_that_the_engine_had(
     inputs = Inputs(model.config.encoder_spec.preprocessing, torch.device("cpu"), model.config.image_token_id)
     with jobs.connected():
         loaded = load_recipe(str(recipe))
-        plan = prepare_reasoning(loaded, describe_sources(loaded)).validation
+        plan = prepare_reasoning(loaded).validation
         assert plan is not None
         tables = [from_ipc(row["rows"]) for row in plan.read(Window(0, 0, plan.num_steps), 0)]
     rows = []
@@ -288,6 +287,6 @@ def test_what_is_wrong_with_the_data_is_one_line(jobs: Jobs, recipe: Path) -> No
         ):
             chosen = load_recipe(str(recipe), ["name=x", override])
             with pytest.raises(ConfigError, match=re.escape(said)):
-                prepare_reasoning(chosen, describe_sources(chosen))
+                prepare_reasoning(chosen)
     neither = jobs.run("explain", recipe, "--model", jobs.folder)
     assert "--projector or --label" in neither.error

@@ -1,1 +1,0 @@
-"""The projector job: prepare, loop, report, one run per size."""
