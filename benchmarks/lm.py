@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +82,34 @@ def run_job(recipe: Recipe, folder: str) -> tuple[list[float], float]:
     return rates, statistics.mean(point["train/wait_share"] for point in points if "train/wait_share" in point)
 
 
+class ReadHere:
+    """Hands the rows of a rank to a stream as Ray Data does, read in this process."""
+
+    def __init__(self, stream: Any, rank: int) -> None:
+        self.stream, self.rank = stream, rank
+
+    def iter_batches(self, **_: Any) -> Iterator[Any]:
+        import pyarrow as pa
+
+        for window in self.stream.plan.windows():
+            for row in self.stream.read(window):
+                if row["rank"] == self.rank:
+                    yield pa.Table.from_pylist([row])
+
+
 def store_batches(recipe: Recipe, folder: Path) -> None:
     """The run's micro-batches as each rank of the job gets them, for the twin."""
     from orchestration.jobs.prepare import prepare_reasoning
     from orchestration.jobs.steps import Inputs
     from orchestration.reasoning.sources import describe_sources
-    from orchestration.streaming.epoch_plan import Window
-    from orchestration.streaming.ordered_stream import from_ipc
-    from orchestration.streaming.record_batches import collate
     from tinyemo.conversation import IMAGE_TOKEN_ID
 
     sources = describe_sources(recipe)
     plan = prepare_reasoning(recipe).stages["stage"]
     inputs = Inputs(sources.encoder.preprocessing, torch.device("cpu"), IMAGE_TOKEN_ID)
-    size = recipe.stages["stage"].global_batch_size // WORLD_SIZE
-    for row in plan.read(Window(0, 0, plan.num_steps), 0):
-        table = from_ipc(row["rows"])
+    for rank in range(WORLD_SIZE):
         steps = []
-        for step in range(plan.num_steps):
-            batch = collate(table.slice(step * size, size), 0, step, plan.form)
+        for batch in plan.batches(ReadHere(plan, rank), rank=rank):
             parts = inputs.micro_batches(batch, recipe.stages["stage"].micro_batch_size)
             steps.append(
                 [
@@ -112,7 +122,7 @@ def store_batches(recipe: Recipe, folder: Path) -> None:
                     for part in parts
                 ]
             )
-        torch.save(steps, folder / f"batches-{row['rank']}.pt")
+        torch.save(steps, folder / f"batches-{rank}.pt")
 
 
 def run_twin(recipe: Recipe, folder: Path) -> list[float]:

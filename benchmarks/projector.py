@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
 from benchmarks.machine import RESULTS, write_results
+from orchestration.data.batch import Batch
+from orchestration.data.plan import rank_slice
 from orchestration.jobs.projector import build_projector, train_batch
-from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.services.engine import build_engine, build_optimizer, build_schedule
 from orchestration.services.tracking import git_state
-from orchestration.streaming.feature_stream import Batch
-from orchestration.streaming.sampling import rank_slice
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
 from tinyemo.taxonomies import TAXONOMIES
@@ -118,9 +117,9 @@ def measure_seeds() -> dict[str, Any]:
 
     load_platform_environment()
     from orchestration.assets.labels import label_embeddings
+    from orchestration.data.sets import features_array, read_records
     from orchestration.jobs.prepare import prepare
     from orchestration.jobs.projector import objective_of
-    from orchestration.streaming.feature_stream import features_array, read_rows
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -130,15 +129,19 @@ def measure_seeds() -> dict[str, Any]:
             settings = [f"loss.name={loss_name}", f"train.seed={seed}", "data.validation_fraction=0.0"]
             recipe = load_recipe("emotion6", settings)
             ready = prepare(recipe)
-            plan = ready.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
+            streams = ready.streams(num_epochs=recipe.train.num_epochs, is_refit=False, is_tested=False)
+            plan = streams["train"].plan
             objective = objective_of(recipe, label_embeddings(recipe.labels), ready.words)
-            rows, tested = plan.splits["train"], plan.splits["test"]
-            features, test = (features_array(read_rows(ready.manifest, split)) for split in (rows, tested))
+            rows, tested = ready.selection.train, ready.selection.test
+            features, test = (
+                features_array(read_records(part, np.arange(part.num_rows), ["features"]))
+                for part in (ready.record_set(rows), ready.record_set(tested))
+            )
             model = build_projector(recipe)
             optimizer = build_optimizer(model, recipe.optimizer)
-            schedule = build_schedule(recipe.optimizer, plan.train.num_steps)(optimizer)
-            for step in range(plan.train.num_steps):
-                batch = plan.train.global_batch(step)
+            schedule = build_schedule(recipe.optimizer, plan.num_steps)(optimizer)
+            for step in range(plan.num_steps):
+                batch = plan.refs(step, step + 1).row
                 loss = objective.step_loss(model, torch.tensor(features[batch]).float(), rows.label[batch], step)
                 optimizer.zero_grad()
                 loss.backward()
@@ -183,7 +186,11 @@ def random_batches(batch_size: int, rank: int, world_size: int) -> list[Batch]:
         for _ in range(STEPS)
     ]
     ids = [str(i) for i in range(batch_size)][part]
-    return [Batch("train", step, ids, features[part], labels) for step, (features, labels) in enumerate(whole)]
+    is_real = torch.ones(len(ids), dtype=torch.bool)
+    tensors = [(torch.tensor(features[part]), torch.tensor(labels)) for features, labels in whole]
+    return [
+        Batch(0, step, ids, is_real, features, labels[part], labels) for step, (features, labels) in enumerate(tensors)
+    ]
 
 
 def plain_steps(recipe: Recipe, objective: Objective, batches: list[Batch]) -> Callable[[], None]:
@@ -194,7 +201,7 @@ def plain_steps(recipe: Recipe, objective: Objective, batches: list[Batch]) -> C
 
     def run() -> None:
         for batch in batches:
-            loss = objective.step_loss(model, torch.tensor(batch.features).float(), batch.labels, batch.step)
+            loss = objective.step_loss(model, batch.features.float(), batch.global_labels.numpy(), batch.step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -217,7 +224,7 @@ def engine_steps(recipe: Recipe, objective: Objective, batches: list[Batch], wor
 
     def run() -> None:
         for batch in batches:
-            float(train_batch(engine, objective, as_tensors(batch), torch.device("cpu"))["train/loss"])
+            float(train_batch(engine, objective, batch, torch.device("cpu"))["train/loss"])
 
     return run
 

@@ -33,11 +33,11 @@ NUM_IMAGES = 50_000
 def measure_resume() -> dict[str, Any]:
     """Kill every worker behind NUM_KILLS random steps spread over the whole run, then read the ledger."""
     from cluster.state import load_state, resolve_folder
+    from orchestration.data.ledger import check_ledger, read_ledger
     from orchestration.jobs.checkpoints import read_state
     from orchestration.jobs.prepare import prepare_records
     from orchestration.recipe import load_recipe
     from orchestration.services import storage
-    from orchestration.streaming.ledger import check_ledger, read_ledger
 
     settings = ingest_oasis_copies()
     state = load_state(resolve_folder(None))
@@ -48,7 +48,7 @@ def measure_resume() -> dict[str, Any]:
         f'records.datasets=["{settings["dataset"]}"]',
         'records.tokenizer=""',
         "records.image_size=32",
-        "records.shuffle_pool_rows=1440",
+        "records.pool_mib=16",
         "train.global_batch_size=24",
         f"train.num_epochs={RESUME_EPOCHS}",
         "checkpoint.every_steps=25",
@@ -95,10 +95,10 @@ def measure_resume() -> dict[str, Any]:
 
 def measure_mix() -> dict[str, Any]:
     """One job over an abundant and a small data set by weight: what its ledger holds of each."""
+    from orchestration.data.ledger import read_ledger
     from orchestration.jobs.job import read_stream
     from orchestration.jobs.prepare import prepare_records
     from orchestration.recipe import load_recipe
-    from orchestration.streaming.ledger import read_ledger
 
     abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()
     weights = (3.0, 1.0)

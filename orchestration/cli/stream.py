@@ -39,13 +39,13 @@ def stream(
         from orchestration.jobs.prepare import prepare_records
 
         plan = prepare_records(recipe)
-        for part, count in zip(plan.sets, plan.steps.counts, strict=True):
+        for part, count in zip(plan.sets, plan.plan.counts, strict=True):
             typer.echo(
                 f"{part.manifest.uri} {part.split}: {part.manifest.splits[part.split].rows} records, {count} an epoch"
             )
         typer.echo(
-            f"{plan.num_steps} steps of {plan.steps.global_batch_size}, {plan.steps.steps_per_epoch} an epoch, "
-            f"read in {len(plan.windows(0))} windows by {plan.config.num_readers} readers for {plan.world_size} workers"
+            f"{plan.num_steps} steps of {plan.plan.global_batch_size}, {plan.steps_per_epoch} an epoch, "
+            f"read in {plan.plan.num_windows} windows by {plan.num_readers} readers for {plan.world_size} workers"
         )
         return
 

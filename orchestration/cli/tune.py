@@ -58,16 +58,16 @@ def _show_plan(recipe: Recipe, as_json: bool) -> None:
     preparation = prepare(recipe)
     check_search(preparation)
     config = recipe.search
-    plan = preparation.plan(num_epochs=recipe.train.num_epochs, is_refit=False)
+    streams = preparation.streams(num_epochs=recipe.train.num_epochs, is_refit=False, is_tested=False)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "data": preparation.manifest.uri,
-        "train_rows": plan.train.order.num_rows,
-        "validation_rows": len(plan.splits["validation"]),
+        "train_rows": streams["train"].num_records,
+        "validation_rows": len(preparation.selection.validation),
         "folds": config.num_folds,
         "trials": config.num_trials,
         "epochs_at_most": recipe.train.num_epochs,
-        "optimizer_steps_at_most": config.num_trials * config.num_folds * plan.train.num_steps,
+        "optimizer_steps_at_most": config.num_trials * config.num_folds * streams["train"].num_steps,
         "finalists": f"{config.num_finalists} with {config.finalist_seeds} seeds",
         "winner_runs": config.winner_seeds,
         "first_trial": first_point(recipe),

@@ -84,8 +84,8 @@ def run_on_actors(
     """
     import ray.data
 
+    from orchestration.data.tasks import MAX_RETRIES, run_unordered
     from orchestration.services.ray_cluster import wait_for_resources
-    from orchestration.streaming.unordered_tasks import MAX_RETRIES, run_unordered
 
     num_actors, num_gpus = pool.count_actors(len(items)), pool.num_gpus()
     bundle = {"CPU": pool.cpus_per_actor, "GPU": num_gpus}

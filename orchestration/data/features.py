@@ -53,11 +53,11 @@ from orchestration.data.manifest import (
     put_rejected,
     read_file,
 )
+from orchestration.data.sets import RecordSet, read_records
+from orchestration.data.tasks import guarded
 from orchestration.datasets.shards import rejected_table
 from orchestration.datasets.validation import Rejection
 from orchestration.services import storage
-from orchestration.streaming.record_sets import RecordSet, read_records
-from orchestration.streaming.unordered_tasks import guarded
 from tinyemo.encoders import EncoderSpec, parquet_metadata
 from tinyemo.errors import ConfigError, DataError
 
@@ -527,7 +527,7 @@ def read_stored_features(uri: str, split: str) -> FeatureTable:
     """
     import torch
 
-    from orchestration.streaming.feature_stream import features_array
+    from orchestration.data.sets import features_array
     from tinyemo.features import FeatureTable
 
     manifest = load_manifest(uri, "features")

@@ -27,8 +27,8 @@ from orchestration.data.record_checks import (
     reject,
 )
 from orchestration.data.staging import RawRecord, Staged, read_chunk
+from orchestration.data.tasks import MAX_RETRIES, guarded, run_unordered
 from orchestration.services import storage
-from orchestration.streaming.unordered_tasks import MAX_RETRIES, guarded, run_unordered
 from tinyemo.errors import DataError
 
 WRITTEN_SCHEMA = pa.schema(

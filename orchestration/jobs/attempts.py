@@ -23,13 +23,13 @@ import ray.train
 from ray.train import ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestration.data.stream import configure_ray_data
 from orchestration.jobs.checkpoints import Curve, StageState, delete_old_attempts, read_curve, read_state
 from orchestration.jobs.lease import Lease
 from orchestration.jobs.worker import Stage, train_loop_per_worker
 from orchestration.services import storage
 from orchestration.services.ray_cluster import last_line, require_cluster, wait_for_resources
 from orchestration.services.tracking import RunLogger
-from orchestration.streaming.ordered_stream import configure_ray_data
 from tinyemo.errors import PlatformError, StorageError, TinyEmoError, TrainingError
 
 logger = logging.getLogger(__name__)

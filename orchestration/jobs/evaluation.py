@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestration.data.batch import Batch
 from orchestration.jobs.checkpoints import fetched
-from orchestration.jobs.paired import PairedTest, mean_by_group, other_images, paired_test
+from orchestration.jobs.paired import PairedTest, mean_by_group, paired_test
 from orchestration.jobs.steps import Inputs, losses_by_record
 from orchestration.jobs.worker import Point, Stage
 from orchestration.services.engine import compute_dtype
-from tinyemo.errors import DataError
 from tinyemo.packing import micro_batches
 from tinyemo.reasoner.model import Reasoner
 
@@ -47,7 +47,6 @@ class EvaluationState:
     job: EvaluationJob
     rows: list[dict[str, Any]] = field(default_factory=list)
     engine: None = None
-    spare: tuple[list[str], Tensor] | None = None
 
 
 def build(stage: Stage, device: torch.device) -> EvaluationState:
@@ -65,9 +64,7 @@ def build(stage: Stage, device: torch.device) -> EvaluationState:
 def take_step(state: EvaluationState, batch: Any, *, is_logged: bool) -> Point:
     """Measure this rank's records of a batch."""
     conditions, size = state.job.conditions, state.job.micro_batch_size
-    state.rows += measure_records(state.model, iter([batch]), conditions, micro_batch_size=size, spare=state.spare)
-    whole = batch.part(slice(0, int(batch.is_real.sum())))
-    state.spare = ([_digest(pixels) for pixels in whole.pixel_values], whole.pixel_values) if whole.ids else state.spare
+    state.rows += measure_records(state.model, [batch], conditions, micro_batch_size=size)
     return {}
 
 
@@ -103,21 +100,16 @@ def finish(state: EvaluationState, stage: Stage, folder: Path) -> dict[str, Any]
 @torch.no_grad()
 def measure_records(
     model: Reasoner,
-    stream: Iterator[Any],
+    stream: Iterable[Batch],
     conditions: Sequence[str] = CONDITIONS,
     *,
     micro_batch_size: int,
-    spare: tuple[list[str], Tensor] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each record: id, image, num_answer_tokens, and the answer's mean nats under each condition.
 
     `image` is a digest of the record's pixels.
 
-    Another record's image is handed out within the batch, each once; a batch that is too much of one image takes from
-    the batch before.
-
-    Raises:
-        DataError: there are not enough images to swap.
+    The stream says which other record's image stands in, see `orchestration.data.partners`.
     """
     device = next(model.parameters()).device
     inputs = Inputs(model.config.encoder_spec.preprocessing, device, model.config.image_token_id)
@@ -126,15 +118,12 @@ def measure_records(
         batch = whole.part(slice(0, int(whole.is_real.sum())))  # what fills up the last batch stands at its end
         if not batch.ids:
             continue
+        assert batch.pixel_values is not None
         names = [_digest(pixels) for pixels in batch.pixel_values]
-        partners = getattr(batch, "other_pixel_values", None)
-        if partners is None:
-            partners = _shuffled(names, batch.pixel_values, spare) if "shuffled" in conditions else batch.pixel_values
-        spare = (names, batch.pixel_values)
         for rows in micro_batches(len(names), micro_batch_size):
             part = batch.part(rows)
             options: dict[str, dict[str, Any]] = {
-                "right": {}, "shuffled": {"images": partners[rows]}, "text_only": {"has_images": False},
+                "right": {}, "shuffled": {"images": part.other_pixel_values}, "text_only": {"has_images": False},
             }  # fmt: skip
             micro = {name: inputs.micro_batch(part, **options[name]) for name in conditions}
             found = {name: losses_by_record(one, one.forward(model)) for name, one in micro.items()}
@@ -147,16 +136,6 @@ def measure_records(
 
 def _digest(pixels: Tensor) -> str:
     return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _shuffled(names: list[str], pixels: Tensor, spare: tuple[list[str], Tensor] | None) -> Tensor:
-    """Another record's pixels for each record."""
-    if spare is not None and 2 * max(names.count(name) for name in names) > len(names):
-        names, pixels = names + spare[0], torch.cat([pixels, spare[1]])
-    try:
-        return pixels[torch.from_numpy(other_images(names))]
-    except ValueError as error:
-        raise DataError(f"images cannot be shuffled for the evaluation: {error}; give it more records") from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cluster.process import read_start
+from orchestration.data.plan import ORDER_VERSION
 from orchestration.recipe import Recipe
 from orchestration.services import storage, tracking
 from tinyemo.errors import LostLeaseError, StorageError, TrainingError
@@ -327,7 +328,8 @@ def _read_claim(folder: str, recipe: Recipe, data: Digests) -> dict[str, Any] | 
         return None
     stored, before = claim.get("recipe", {}), claim.get("data", {})
     earlier = _validated(stored)
-    if earlier is not None and earlier.digest() == recipe.digest() and before == dict(data):
+    order = int(claim.get("order_version", 1))
+    if earlier is not None and earlier.digest() == recipe.digest() and before == dict(data) and order == ORDER_VERSION:
         return claim
     new = tracking.flatten(recipe.model_dump(mode="json"))
     old = tracking.flatten(earlier.model_dump(mode="json") if earlier is not None else stored)
@@ -339,6 +341,8 @@ def _read_claim(folder: str, recipe: Recipe, data: Digests) -> dict[str, Any] | 
         for name in sorted({*before, *data})
         if before.get(name) != data.get(name)
     ]
+    if order != ORDER_VERSION:
+        changed.append(f"order of records version {order} -> {ORDER_VERSION}")
     raise TrainingError(
         f"a run named {recipe.name} exists with another recipe ({'; '.join(changed)}): "
         "choose another name with --set name=..., or undo the change to go on with it"
@@ -358,6 +362,7 @@ def write_claim(
         "device": device,
         "kind": kind,
         "mlflow_run_id": run_id,
+        "order_version": ORDER_VERSION,
         "recipe": recipe.model_dump(mode="json"),
     }
     if not storage.write_bytes_if_absent(f"{folder}/run.json", json.dumps(claim, indent=1).encode()):

@@ -45,7 +45,7 @@ def model_card(plan: ReasoningPlan, result: ReasonerResult) -> str:
         f"- language model: {sources.llm_name}, {sources.llm_revision}, weights {result.llm_weights}",
         f"- vision tower: {result.vision_tower}, weights {result.vision_weights}, frozen",
         f"- connector: {plan.recipe.reasoner.connector}",
-        f"- prompt: template {list(plan.stages.values())[-1].config.template}, "
+        f"- prompt: template {plan.template}, "
         f"{sources.image_tokens} tokens an image", "",
         "## Data",
         *_data_lines(plan), "",

@@ -71,26 +71,6 @@ def mean_by_group(values: NDArray[np.float64], groups: Sequence[str]) -> NDArray
     return np.bincount(place, weights=values, minlength=len(names)) / np.bincount(place, minlength=len(names))
 
 
-def other_images(images: Sequence[str]) -> NDArray[np.int64]:
-    """For each record the place of a record with another image; each record's image is handed out once.
-
-    Records are put in the order of their images and that order is turned by the size of the largest group.
-
-    Args:
-        images: N names of images; no more than half of them may be the same.
-
-    Raises:
-        ValueError: one image has more than half of the records, so that no such assignment exists.
-    """
-    order = np.argsort(np.asarray(images), kind="stable")
-    largest = int(np.unique(np.asarray(images), return_counts=True)[1].max())
-    if 2 * largest > len(images):
-        raise ValueError(f"{largest} of {len(images)} records have one image: there are not enough others to swap with")
-    found = np.empty(len(images), dtype=np.int64)
-    found[order] = np.roll(order, -largest)
-    return found
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Mean nats a token of held-out answers.

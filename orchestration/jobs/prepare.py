@@ -9,14 +9,11 @@ import numpy as np
 
 from orchestration.data.dataset import Selection, SplitRows, select_rows
 from orchestration.data.manifest import Manifest, load_manifest
-from orchestration.jobs.streams import FeatureStream
+from orchestration.data.sets import RecordSet, open_record_set
+from orchestration.data.stream import EVALUATION_ROWS, Stream, plan_features, plan_records
 from orchestration.reasoning.sources import Sources, describe_sources, tokenizer_source
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig
-from orchestration.streaming.feature_stream import Split, StreamPlan
-from orchestration.streaming.record_sets import RecordSet, open_record_set
-from orchestration.streaming.record_stream import RecordPlan, plan_records
-from orchestration.streaming.sampling import SampleOrder, TrainPlan
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.taxonomies import Taxonomy
@@ -51,15 +48,16 @@ class Preparation:
     def facts(self) -> dict[str, Any]:
         """Return what a dry run shows."""
         rows, train = self.rows(is_refit=False), self.recipe.train
+        stream = self.streams(num_epochs=train.num_epochs, is_refit=False, is_tested=False)["train"]
         return {
             "data": self.manifest.uri,
             "data_kind": self.manifest.data,
             **{f"{split}_rows": len(rows[split]) for split in rows},
-            "optimizer_steps": self.plan(num_epochs=train.num_epochs, is_refit=False).train.num_steps,
+            "optimizer_steps": stream.num_steps,
             "rows_per_rank_and_step": train.global_batch_size // self.recipe.workers.num_workers,
         }
 
-    def rows(self, *, is_refit: bool) -> dict[Split, SplitRows]:
+    def rows(self, *, is_refit: bool) -> dict[str, SplitRows]:
         """Return the rows of each split; a refit trains on those of validation too."""
         selection = self.selection
         train, validation = selection.train, selection.validation
@@ -67,35 +65,34 @@ class Preparation:
             train, validation = selection.whole, validation.take(np.arange(0))
         return {"train": train, "validation": validation, "test": selection.test}
 
-    def streams(self, *, num_epochs: float, is_refit: bool, is_tested: bool) -> dict[str, FeatureStream]:
+    def record_set(self, rows: SplitRows) -> RecordSet:
+        """Return the records of the data set that `rows` are."""
+        whole = RecordSet(self.manifest, "")
+        return whole.select(whole.row_numbers(rows.shard, rows.row))
+
+    def streams(self, *, num_epochs: float, is_refit: bool, is_tested: bool) -> dict[str, Stream]:
         """Return the streams of a stage by name; "validation" and "test" only where there are such rows."""
         rows = self.rows(is_refit=is_refit)
-        found = {"train": self._stream("train", rows["train"], num_epochs)}
+        found = {"train": self._stream(rows["train"], num_epochs)}
         if len(rows["validation"]):
-            found["validation"] = self._stream("validation", rows["validation"], 0)
+            found["validation"] = self._stream(rows["validation"])
         if is_tested:
-            found["test"] = self._stream("test", rows["test"], 0)
+            found["test"] = self._stream(rows["test"])
         return found
 
-    def _stream(self, split: Split, rows: SplitRows, num_epochs: float) -> FeatureStream:
-        empty = rows.take(np.arange(0))
-        order = SampleOrder(len(rows), self.recipe.train.seed, self.recipe.data.shuffle_pool_rows)
-        train = TrainPlan(order, self.recipe.train.global_batch_size, num_epochs)
-        splits: dict[Split, SplitRows] = {"train": empty, "validation": empty, "test": empty, split: rows}
-        return FeatureStream(replace(self.plan(num_epochs=1, is_refit=True), train=train, splits=splits))
-
-    def plan(self, *, num_epochs: float, is_refit: bool) -> StreamPlan:
-        """Return the plan of one stage over all splits."""
-        data, splits = self.recipe.data, self.rows(is_refit=is_refit)
-        order = SampleOrder(len(splits["train"]), self.recipe.train.seed, data.shuffle_pool_rows)
-        return StreamPlan(
-            manifest=self.manifest,
-            train=TrainPlan(order, self.recipe.train.global_batch_size, num_epochs),
-            splits=splits,
-            world_size=self.recipe.workers.num_workers,
-            steps_per_window=data.steps_per_window,
-            num_readers=data.num_readers,
-            is_tested=is_refit or not self.recipe.train.refit,
+    def _stream(self, rows: SplitRows, num_epochs: float | None = None) -> Stream:
+        """Return the stream of some rows: over epochs, or once and padded where no number of epochs is given."""
+        recipe, world_size = self.recipe, self.recipe.workers.num_workers
+        evaluation_size = -(-min(len(rows), EVALUATION_ROWS) // world_size) * world_size
+        return plan_features(
+            self.record_set(rows),
+            self.words,
+            recipe.data,
+            seed=recipe.train.seed,
+            global_batch_size=evaluation_size if num_epochs is None else recipe.train.global_batch_size,
+            num_epochs=num_epochs or 1,
+            world_size=world_size,
+            tail="pad" if num_epochs is None else "carry",
         )
 
 
@@ -164,9 +161,9 @@ class ReasoningPlan:
 
     recipe: Recipe
     sources: Sources
-    stages: dict[str, RecordPlan]
-    validation: RecordPlan | None
-    test: RecordPlan | None
+    stages: dict[str, Stream]
+    validation: Stream | None
+    test: Stream | None
 
     def data_digests(self) -> dict[str, str]:
         """Return the digests of what every stage reads, by stage, place in its list and data set's name."""
@@ -184,10 +181,15 @@ class ReasoningPlan:
             "vision_tower": str(sources.encoder.info),
             "image_tokens": sources.image_tokens,
             "optimizer_steps": {name: stage.num_steps for name, stage in self.stages.items()},
-            "records_per_epoch": {name: stage.steps.samples_per_epoch for name, stage in self.stages.items()},
-            "validation_records": self.validation.steps.samples_per_epoch if self.validation else 0,
-            "test_records": self.test.steps.samples_per_epoch if self.test else 0,
+            "records_per_epoch": {name: stage.plan.samples_per_epoch for name, stage in self.stages.items()},
+            "validation_records": self.validation.num_records if self.validation else 0,
+            "test_records": self.test.num_records if self.test else 0,
         }
+
+    @property
+    def template(self) -> str:
+        """Chat template of the last stage, which the exported model is asked in."""
+        return list(self.recipe.stages.values())[-1].template or self.recipe.records.template
 
     @property
     def answers(self) -> str:
@@ -209,7 +211,7 @@ def prepare_reasoning(recipe: Recipe) -> ReasoningPlan:
     """
     sources = describe_sources(recipe)
     problems = _vocabulary_problems(recipe, sources)
-    plans: dict[str, RecordPlan] = {}
+    plans: dict[str, Stream] = {}
     for name, stage in recipe.stages.items():
         try:
             plans[name] = _plan_stage(recipe, name, stage, sources.encoder)
@@ -220,8 +222,11 @@ def prepare_reasoning(recipe: Recipe) -> ReasoningPlan:
             f"{recipe.name}: {len(problems)} error{'s' * (len(problems) > 1)}\n" + "\n".join(f"  {p}" for p in problems)
         )
     last = list(recipe.stages)[-1]
-    held_out = [_plan_held_out(plans[last], split) for split in (recipe.evaluation.validation, recipe.evaluation.test)]
-    return ReasoningPlan(recipe, sources, plans, held_out[0], held_out[1])
+    validation, test = (
+        plans[last].held_out(split, EVALUATION_BATCH)
+        for split in (recipe.evaluation.validation, recipe.evaluation.test)
+    )
+    return ReasoningPlan(recipe, sources, plans, validation, test)
 
 
 def _vocabulary_problems(recipe: Recipe, sources: Sources) -> list[str]:
@@ -239,7 +244,7 @@ def _vocabulary_problems(recipe: Recipe, sources: Sources) -> list[str]:
     ]
 
 
-def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderSpec) -> RecordPlan:
+def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderSpec) -> Stream:
     config = recipe.records.model_copy(
         update={
             "datasets": stage.datasets or recipe.records.datasets,
@@ -249,7 +254,7 @@ def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderS
     if not config.datasets:
         raise ConfigError(NO_DATASET)
     plan = plan_records(
-        tuple(open_record_set(uri, config.split) for uri in config.datasets),
+        tuple(open_record_set(uri, config.split, "instruct") for uri in config.datasets),
         config,
         # Each stage has its own order.
         seed=recipe.train.seed + list(recipe.stages).index(name),
@@ -259,25 +264,7 @@ def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderS
         preprocessing=encoder.preprocessing,
         image_tokens=encoder.patch_grid[0] * encoder.patch_grid[1],
     )
-    return replace(plan, num_steps=stage.num_steps or max(1, plan.num_steps))
-
-
-def _plan_held_out(plan: RecordPlan, split: str) -> RecordPlan | None:
-    """Return one epoch over another split of the same data sets; None where one lacks it or `split` is empty."""
-    if not split or any(split not in part.manifest.splits for part in plan.sets):
-        return None
-    sets = tuple(RecordSet(part.manifest, split) for part in plan.sets)
-    config = plan.config.model_copy(update={"split": split, "weights": (), "tail": "pad"})
-    return plan_records(
-        sets,
-        config,
-        seed=plan.steps.seed,
-        global_batch_size=EVALUATION_BATCH * plan.world_size,
-        num_epochs=1,
-        world_size=plan.world_size,
-        preprocessing=plan.preprocessing,
-        image_tokens=plan.image_tokens,
-    )
+    return replace(plan, plan=replace(plan.plan, max_steps=stage.num_steps or max(1, plan.num_steps)))
 
 
 def order_only(recipe: Recipe) -> Recipe:
@@ -285,14 +272,14 @@ def order_only(recipe: Recipe) -> Recipe:
 
     A reading may go on with another number of workers.
     """
-    records = recipe.records.model_dump(include={"split", "weights", "shuffle_pool_rows", "tail"})
+    records = recipe.records.model_dump(include={"split", "weights", "pool_mib", "tail"})
     train = recipe.train.model_dump(include={"seed", "global_batch_size", "num_epochs"})
     workers = {"num_workers": 1}
     content = {"name": recipe.name, "records": records, "train": train, "workers": workers}
     return Recipe.model_validate(content)
 
 
-def prepare_records(recipe: Recipe) -> RecordPlan:
+def prepare_records(recipe: Recipe) -> Stream:
     """Return the plan of a recipe's records; manifests are read, no shard is.
 
     Raises:
@@ -302,7 +289,7 @@ def prepare_records(recipe: Recipe) -> RecordPlan:
     if not recipe.records.datasets:
         raise ConfigError(f"records.datasets: {NO_DATASET}")
     return plan_records(
-        tuple(open_record_set(uri, recipe.records.split) for uri in recipe.records.datasets),
+        tuple(open_record_set(uri, recipe.records.split, "instruct") for uri in recipe.records.datasets),
         recipe.records,
         seed=recipe.train.seed,
         global_batch_size=recipe.train.global_batch_size,

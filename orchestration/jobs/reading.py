@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
+from orchestration.data.ledger import Ledger, check_ledger, read_ledger
+from orchestration.data.plan import shuffle_quality
+from orchestration.data.stream import Stream
 from orchestration.jobs.checkpoints import StageState, read_curve
 from orchestration.jobs.results import StreamResult
-from orchestration.jobs.streams import RecordStream
 from orchestration.jobs.worker import Point, Stage
 from orchestration.recipe import Recipe
-from orchestration.streaming.epoch_plan import shuffle_quality
-from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
-from orchestration.streaming.record_stream import RecordPlan
 from tinyemo.errors import TrainingError
 
 
@@ -82,19 +81,19 @@ def load(state: ReadingState, folder: Path) -> None:
 
 def finish(state: ReadingState, stage: Stage, folder: Path) -> dict[str, Any]:
     """Return the rate of the second half, samples per second, and the number of samples of this attempt."""
-    size = stage.streams["train"].global_batch_size
+    size = stage.streams["train"].plan.global_batch_size
     return {
         "samples_per_s": (state.step - state.half) * size / (time.perf_counter() - state.half_at),
         "num_samples": (state.step - stage.start_step) * size,
     }
 
 
-def stage(plan: RecordPlan, recipe: Recipe, folder: str, *, has_ledger: bool) -> Stage:
+def stage(plan: Stream, recipe: Recipe, folder: str, *, has_ledger: bool) -> Stage:
     """Return the only stage of a reading."""
-    return Stage(__name__, "read", recipe, {"train": RecordStream(plan)}, folder if has_ledger else None, prefix="")
+    return Stage(__name__, "read", recipe, {"train": plan}, folder if has_ledger else None, prefix="")
 
 
-def conclude(plan: RecordPlan, recipe: Recipe, state: StageState, folder: str, *, has_ledger: bool) -> StreamResult:
+def conclude(plan: Stream, recipe: Recipe, state: StageState, folder: str, *, has_ledger: bool) -> StreamResult:
     """Return the result of a finished reading."""
     first_s = [point["train/first_batch_s"] for _, point in read_curve(state.folder) if "train/first_batch_s" in point]
     return StreamResult(
@@ -104,7 +103,7 @@ def conclude(plan: RecordPlan, recipe: Recipe, state: StageState, folder: str, *
         num_samples=state.metrics["num_samples"],
         samples_per_s=state.metrics["samples_per_s"],
         first_batch_s=first_s[-1],
-        shuffle=asdict(shuffle_quality(plan.steps)),
+        shuffle=shuffle_quality(plan.plan),
         ledger=asdict(check_ledger(read_ledger(folder), plan, plan.num_steps)) if has_ledger else None,
     )
 

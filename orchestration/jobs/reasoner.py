@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from orchestration.data.partners import with_partners
 from orchestration.jobs.checkpoints import Done, read_curve
 from orchestration.jobs.evaluation import CONDITIONS, ROWS, EvaluationJob, summarise
 from orchestration.jobs.first_rank import build_on_first_rank, give_freed_memory_back
 from orchestration.jobs.model_card import model_card
 from orchestration.jobs.results import ReasonerResult, StageResult
 from orchestration.jobs.steps import Inputs, Meter, mean_loss, train_micro_batches
-from orchestration.jobs.streams import RecordStream
 from orchestration.jobs.worker import Point, Stage
 from orchestration.reasoning.sources import tokenizer_source
 from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
@@ -295,11 +295,11 @@ def stage(plan: ReasoningPlan, name: str, done: dict[str, Done], folder: str) ->
     if plan.test is not None and name == "evaluation":
         conditions = CONDITIONS if recipe.stages[last].images else ("text_only",)
         job = EvaluationJob(f"{folder}/model", conditions, recipe.stages[last].micro_batch_size)
-        streams = {"train": RecordStream(plan.test)}
+        streams = {"train": with_partners(plan.test) if "shuffled" in job.conditions else plan.test}
         return Stage("orchestration.jobs.evaluation", name, recipe, streams, job, prefix="")
-    streams = {"train": RecordStream(plan.stages[name])}
+    streams = {"train": plan.stages[name]}
     if plan.validation is not None:
-        streams["validation"] = RecordStream(plan.validation)
+        streams["validation"] = plan.validation
     stage_tags = {**tags(plan), "kind": "stage", "stage": name}
     if done:
         before, earlier = list(done.items())[-1]
@@ -311,7 +311,7 @@ def stage(plan: ReasoningPlan, name: str, done: dict[str, Done], folder: str) ->
     training = TrainingJob(
         weights={key: one.state.checkpoint for key, one in done.items()},
         model=f"{folder}/model" if name == last else "",
-        template=plan.stages[last].config.template,
+        template=plan.template,
     )
     params = recipe.stages[name].model_dump(mode="json")
     return Stage(__name__, name, recipe, streams, training, params=params, tags=stage_tags)

@@ -106,8 +106,8 @@ class StreamResult:
         num_samples: records that the last attempt handed out.
         samples_per_s: over all ranks and the second half of the last attempt's steps.
         first_batch_s: seconds from opening the stream to the first batch.
-        shuffle: see `orchestration.streaming.epoch_plan.ShuffleQuality`.
-        ledger: see `orchestration.streaming.ledger.LedgerCheck`; None without a ledger.
+        shuffle: see `orchestration.data.plan.shuffle_quality`.
+        ledger: see `orchestration.data.ledger.LedgerCheck`; None without a ledger.
     """
 
     name: str

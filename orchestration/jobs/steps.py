@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestration.data.batch import Batch
 from orchestration.jobs.worker import Point, require_finite
 from orchestration.services.engine import Engine, accumulate, gradient_norm, norm_before_step, state_bytes
-from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.conversation import IGNORED
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import TrainingError
@@ -67,13 +67,11 @@ class Inputs:
         """Return the tensor on the device; a copy to a GPU from pinned memory does not wait for earlier kernels."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def micro_batches(self, batch: RecordBatch, size: int) -> list[MicroBatch]:
+    def micro_batches(self, batch: Batch, size: int) -> list[MicroBatch]:
         """The batch in parts of `size` records."""
         return [self.micro_batch(batch.part(rows)) for rows in micro_batches(len(batch.ids), size)]
 
-    def micro_batch(
-        self, batch: RecordBatch, *, images: Tensor | None = None, has_images: bool | None = None
-    ) -> MicroBatch:
+    def micro_batch(self, batch: Batch, *, images: Tensor | None = None, has_images: bool | None = None) -> MicroBatch:
         """All records of the batch in one forward pass.
 
         Args:
@@ -89,6 +87,7 @@ class Inputs:
             pairs = [(ids[k], labels[k]) for (ids, labels), k in zip(pairs, kept, strict=True)]
         packed = pack(pairs)
         pixels = batch.pixel_values if images is None else images
+        assert pixels is not None
         lengths = [len(ids) for ids, _ in pairs]
         return MicroBatch(
             ids=batch.ids,
@@ -178,7 +177,7 @@ def train_micro_batches(
 
 
 @torch.no_grad()
-def mean_loss(engine: Engine, inputs: Inputs, stream: Iterable[RecordBatch], micro_batch_size: int) -> float:
+def mean_loss(engine: Engine, inputs: Inputs, stream: Iterable[Batch], micro_batch_size: int) -> float:
     """Nats a token over the answers of every record of a stream, on all ranks."""
     sums = [0.0, 0.0]
     engine.eval()

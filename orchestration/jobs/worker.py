@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from orchestration.data.stream import Waits
 from orchestration.jobs.checkpoints import PROGRESS, restored
 from orchestration.recipe import Recipe
 from orchestration.services.engine import Engine, save_engine
 from orchestration.services.tracking import system_metrics
-from orchestration.streaming.ordered_stream import Waits
 from tinyemo.errors import TrainingError
 
 if TYPE_CHECKING:

@@ -23,10 +23,8 @@ class DataConfig(Section):
     """Split of the data set to validate on. If set, fraction and fold have no effect."""
     leave_out: tuple[str, ...] = ()
     """Labels to leave out of training, validation and test, so that zero-shot accuracy can be measured on them."""
-    shuffle_pool_rows: PositiveInt = 65_536
-    """Rows shuffled together; a split with fewer rows is permuted as a whole."""
-    steps_per_window: PositiveInt = 50
-    """Optimizer steps that one Ray Data task reads."""
+    pool_mib: PositiveFloat = 64.0
+    """MiB of stored rows that are shuffled together; a split with fewer is permuted as a whole."""
     num_readers: PositiveInt = 2
     """Ray Data tasks that read at the same time."""
 
@@ -40,8 +38,8 @@ class RecordsConfig(Section):
     """Share of each data set in an epoch, relative to the others; empty reads every record once per epoch."""
     split: str = "train"
     """Split to train on."""
-    shuffle_pool_rows: PositiveInt = 4096
-    """Records shuffled together, drawn from as many row groups as hold them."""
+    pool_mib: PositiveFloat = 64.0
+    """MiB of stored records that are shuffled together, as whole row groups; one reading task fetches a pool."""
     tail: Literal["drop", "pad"] = "drop"
     """Last short batch of an epoch: drop it, or pad it with masked records, on every rank alike."""
     decode: Literal["reader", "worker"] = "worker"

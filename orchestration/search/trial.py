@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestration.data.dataset import SplitRows, carve_validation
-from orchestration.data.manifest import Manifest
+from orchestration.data.plan import Plan, PlannedSet, RowGroups
+from orchestration.data.sets import RecordSet, features_array, read_records
 from orchestration.jobs.prepare import Preparation
 from orchestration.jobs.projector import build_projector, objective_of
 from orchestration.recipe import Recipe
 from orchestration.search.records import SEEN, ZERO_SHOT
 from orchestration.services.engine import build_optimizer, build_schedule
-from orchestration.streaming.feature_stream import features_array, read_rows
-from orchestration.streaming.sampling import SampleOrder, TrainPlan
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 
@@ -42,11 +41,13 @@ class SharedRows:
         features: (N, d) float16 or float32.
         labels: (N,) int64, index into the words.
         id_hash: (N,) uint64.
+        group: (N,) int64, row group that holds each row in storage; the order of a run depends on it.
     """
 
     features: NDArray[Any]
     labels: NDArray[np.int64]
     id_hash: NDArray[np.uint64]
+    group: NDArray[np.int64]
 
     def split_rows(self) -> SplitRows:
         """The same rows for `carve_validation`; `row` is the place in `features`."""
@@ -60,6 +61,7 @@ class SearchData:
 
     Attributes:
         train: of the train split; the test split is not here.
+        planned: the set that those rows are read from, as a plan sees it.
         left_out: train rows of the labels that data.leave_out names, or None.
         label_vectors: by template: (T, D) float32, not normalised.
         label_names: what stands beside those vectors: words, llm, llm_revision, llm_weights.
@@ -67,6 +69,7 @@ class SearchData:
 
     words: tuple[str, ...]
     train: SharedRows
+    planned: PlannedSet
     left_out_words: tuple[str, ...]
     left_out: SharedRows | None
     label_vectors: dict[str, NDArray[np.float32]]
@@ -87,9 +90,12 @@ class SearchData:
         return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
 
 
-def shared_rows(manifest: Manifest, rows: SplitRows) -> SharedRows:
-    """Read rows from S3."""
-    return SharedRows(features_array(read_rows(manifest, rows)), rows.label, rows.id_hash)
+def shared_rows(record_set: RecordSet, rows: SplitRows) -> SharedRows:
+    """Read the record set, whose labels `rows` says, from S3."""
+    numbers = np.arange(record_set.num_rows)
+    features = features_array(read_records(record_set, numbers, ["features"]))
+    group = record_set.stored_groups.groups_of(record_set.stored_rows(numbers))
+    return SharedRows(features, rows.label, rows.id_hash, group)
 
 
 def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) -> SearchData:
@@ -98,11 +104,13 @@ def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) ->
     names = {name: getattr(first, name) for name in ("words", "llm", "llm_revision", "llm_weights")}
     selection = preparation.selection
     left_out = selection.left_out
+    record_set = preparation.record_set(selection.whole)
     return SearchData(
         words=preparation.words,
-        train=shared_rows(preparation.manifest, selection.whole),
+        train=shared_rows(record_set, selection.whole),
+        planned=record_set.planned(),
         left_out_words=selection.left_out_words,
-        left_out=None if left_out is None else shared_rows(preparation.manifest, left_out),
+        left_out=None if left_out is None else shared_rows(preparation.record_set(left_out), left_out),
         label_vectors={item.template: item.vectors.numpy() for item in labels},
         label_names=names,
     )
@@ -120,8 +128,11 @@ class FoldTraining:
         self.rows, self.validation = carve_validation(
             data.train.split_rows(), fraction=recipe.data.validation_fraction, fold=recipe.data.validation_fold
         )
-        order = SampleOrder(len(self.rows), recipe.train.seed, recipe.data.shuffle_pool_rows)
-        self.plan = TrainPlan(order, recipe.train.global_batch_size, recipe.train.num_epochs)
+        counts = np.bincount(data.train.group[self.rows.row])
+        planned = replace(data.planned, groups=RowGroups.of(counts[counts > 0]))
+        train, pool_bytes = recipe.train, int(recipe.data.pool_mib * 2**20)
+        self.plan = Plan((planned,), train.seed, train.global_batch_size, train.num_epochs, pool_bytes, "carry")
+        self.order = self.plan.refs(0, self.plan.num_steps).row.reshape(-1, train.global_batch_size)
         self.labels = data.labels(recipe.labels.template)
         self.objective = objective_of(recipe, self.labels, data.words).to(device)
         self.model = build_projector(recipe).to(device)
@@ -138,7 +149,7 @@ class FoldTraining:
         """
         self.model.train()
         for step in range(self.step, stop):
-            places = self.plan.global_batch(step)
+            places = self.order[step]
             loss = self.objective.step_loss(self.model, self._features(places), self.rows.label[places], step)
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -193,7 +204,7 @@ class PackedTrial:
 
     def __init__(self, recipe: Recipe, data: SearchData, *, num_folds: int, device: Literal["cpu", "cuda"]) -> None:
         self.folds = [FoldTraining(_at_fold(recipe, fold), data, torch.device(device)) for fold in range(num_folds)]
-        self.num_epochs = min(len(fold.plan.steps_of_epoch_ends()) for fold in self.folds)
+        self.num_epochs = min(len(fold.plan.epoch_ends()) for fold in self.folds)
         self.epoch = 0
 
     @property
@@ -210,7 +221,7 @@ class PackedTrial:
         by_fold = []
         for fold in self.folds:
             first = fold.step
-            fold.train_to(fold.plan.steps_of_epoch_ends()[self.epoch])
+            fold.train_to(fold.plan.epoch_ends()[self.epoch])
             loss = float(np.mean([value for _, value in fold.curve[first:]]))
             by_fold.append({"train/loss": loss, **fold.validate()})
         self.epoch += 1

@@ -146,7 +146,7 @@ class BulkActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the rows of the batch's images as JSON."""
-        from orchestration.streaming.unordered_tasks import guarded
+        from orchestration.data.tasks import guarded
 
         return guarded(self._compute, batch)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from orchestration.data.forms import open_chat_tokenizer
 from orchestration.data.oasis import REASONING_REQUESTS
-from orchestration.streaming.record_forms import open_chat_tokenizer
 from orchestration.use.bulk import Row
 from orchestration.use.locations import fetch_export, read_image
 from tinyemo.conversation import IMAGE_TEXT, encode_prompt

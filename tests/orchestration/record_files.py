@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestration.data.manifest import RECORD_SCHEMA, FileRef, Manifest, Rejected, Shard, SplitCounts, publish
+from orchestration.data.manifest import (
+    RECORD_SCHEMA,
+    FileRef,
+    Manifest,
+    Rejected,
+    Shard,
+    SplitCounts,
+    publish,
+    put_index,
+)
 from orchestration.services import storage
 
 
@@ -72,6 +81,12 @@ def write_records(
         )  # fmt: skip
     digest = hashlib.sha256(name.encode() + b"".join(shard.sha256.encode() for shard in shards)).hexdigest()
     empty = put(uri, "empty", b"")
+    columns = {
+        "split": ["train"] * len(rows),
+        "label": pa.nulls(len(rows), pa.string()),
+        "id": [row["id"] for row in rows],
+        "image_sha256": [bytes.fromhex(row["image_sha256"]) for row in rows],
+    }
     manifest = Manifest(
         kind="instruct",
         name=name,
@@ -84,7 +99,7 @@ def write_records(
         rows_in=len(rows),
         splits={"train": SplitCounts(rows=len(rows), labels={})},
         shards=shards,
-        index=empty,
+        index=put_index(uri, pa.table(columns), [shard.rows for shard in shards]),
         rejected=Rejected(**empty.model_dump(), rows=0, reasons={}),
         rows_per_group=rows_per_group,
         tasks={"train": {"caption": len(rows)}},

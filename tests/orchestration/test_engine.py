@@ -12,8 +12,9 @@ import pytest
 import torch
 from ranks import Found, Jobs, run_groups
 
+from orchestration.data.batch import Batch
+from orchestration.data.plan import rank_slice
 from orchestration.jobs.projector import build_projector, train_batch
-from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services.engine import (
     build_engine,
@@ -25,8 +26,6 @@ from orchestration.services.engine import (
     require_parts,
     save_engine,
 )
-from orchestration.streaming.feature_stream import Batch
-from orchestration.streaming.sampling import rank_slice
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings, known_words
 from tinyemo.objective import Objective, build_objective
@@ -54,7 +53,9 @@ def batch(step: int, rank: int, world_size: int, *, is_finite: bool = True) -> B
     if not is_finite:
         features[BATCH - 1, 5] = np.inf
     part = rank_slice(BATCH, rank, world_size)
-    return Batch("train", step, [f"row-{i}" for i in range(BATCH)][part], features[part], labels)
+    ids, labels = [f"row-{i}" for i in range(BATCH)][part], torch.from_numpy(labels)
+    is_real = torch.ones(len(ids), dtype=torch.bool)
+    return Batch(0, step, ids, is_real, torch.from_numpy(features[part]), labels[part], labels)
 
 
 def at_stage(chosen: Recipe, stage: int) -> Recipe:
@@ -74,7 +75,7 @@ def engine_of(chosen: Recipe, world_size: int) -> Any:
 
 def steps(engine: Any, chosen: Recipe, rank: int, world_size: int, first: int, last: int) -> list[float]:
     goal = objective(chosen)
-    batches = (as_tensors(batch(step, rank, world_size)) for step in range(first, last))
+    batches = (batch(step, rank, world_size) for step in range(first, last))
     return [float(train_batch(engine, goal, one, torch.device("cpu"))["train/loss"]) for one in batches]
 
 
@@ -118,7 +119,7 @@ def resume_in_another_size(chosen: Recipe, rank: int, world_size: int, folder: P
 def meet_an_infinite_row(chosen: Recipe, rank: int, world_size: int, folder: Path) -> str:
     engine, goal = engine_of(chosen, world_size), objective(chosen)
     with pytest.raises(TrainingError) as caught:
-        train_batch(engine, goal, as_tensors(batch(3, rank, world_size, is_finite=False)), torch.device("cpu"))
+        train_batch(engine, goal, batch(3, rank, world_size, is_finite=False), torch.device("cpu"))
     return str(caught.value)
 
 

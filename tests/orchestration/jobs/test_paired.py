@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestration.data.partners import other_images
 from orchestration.jobs.evaluation import summarise
-from orchestration.jobs.paired import mean_by_group, other_images, paired_test
+from orchestration.jobs.paired import mean_by_group, paired_test
 
 
 @settings(deadline=None)

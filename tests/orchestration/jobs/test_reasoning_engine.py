@@ -11,6 +11,8 @@ import torch
 from ranks import Found, Jobs, run_groups
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
+from orchestration.data.batch import Batch
+from orchestration.data.plan import rank_slice
 from orchestration.jobs.first_rank import build_on_first_rank
 from orchestration.jobs.reasoner import start_stage
 from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
@@ -18,8 +20,6 @@ from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
-from orchestration.streaming.record_batches import RecordBatch
-from orchestration.streaming.sampling import rank_slice
 from tinyemo.errors import DataError, TrainingError
 from tinyemo.reasoner.model import Reasoner
 
@@ -41,7 +41,7 @@ def at_zero_stage(chosen: Recipe, zero_stage: int) -> Recipe:
     return chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"zero_stage": zero_stage})})
 
 
-def global_batch(step: int, *, num_padded: int = 0, num_patches: int = 4, side: int = 32) -> RecordBatch:
+def global_batch(step: int, *, num_padded: int = 0, num_patches: int = 4, side: int = 32) -> Batch:
     """Records of different lengths; how many of an answer's tokens a rank gets differs from rank to rank."""
     rng = np.random.default_rng(step)
     tokens, ids = [], []
@@ -55,14 +55,15 @@ def global_batch(step: int, *, num_padded: int = 0, num_patches: int = 4, side: 
         tokens.append((input_ids, labels))
         ids.append(f"record-{place}" if is_real else "")
     pixels = torch.from_numpy(rng.integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8))
-    return RecordBatch(0, step, ids, torch.tensor([bool(name) for name in ids]), pixels, tokens)
+    is_real = torch.tensor([bool(name) for name in ids])
+    return Batch(0, step, ids, is_real, pixel_values=pixels, tokens=tokens)
 
 
 def inputs_of(model: Reasoner) -> Inputs:
     return Inputs(model.config.encoder_spec.preprocessing, torch.device("cpu"), model.config.image_token_id)
 
 
-def parts(inputs: Inputs, batch: RecordBatch, rank: int, world_size: int) -> list[MicroBatch]:
+def parts(inputs: Inputs, batch: Batch, rank: int, world_size: int) -> list[MicroBatch]:
     return inputs.micro_batches(batch.part(rank_slice(BATCH, rank, world_size)), MICRO)
 
 
@@ -236,13 +237,14 @@ def plain_loop(chosen: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * stage.rate_factor(step, 2 * STEPS)
         batch = global_batch(step)
+        assert batch.padded is not None
         logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            input_ids=batch.padded.input_ids,
+            attention_mask=batch.padded.attention_mask,
             pixel_values=inputs.micro_batch(batch).pixel_values,
         ).logits
-        assert batch.labels is not None
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        labels = batch.padded.labels
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from feature_files import MIRROR
@@ -16,14 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orchestration.data.stream import Stream
 from orchestration.jobs.prepare import prepare_reasoning
 from orchestration.jobs.steps import Inputs, losses_by_record
 from orchestration.reasoning.weights import build_for_stage
 from orchestration.recipe import load_recipe
 from orchestration.services import storage, tracking
-from orchestration.streaming.epoch_plan import Window
-from orchestration.streaming.ordered_stream import from_ipc
-from orchestration.streaming.record_batches import collate
 from tinyemo.errors import ConfigError
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.trained import parameter_groups
@@ -126,7 +127,7 @@ def plain_losses(jobs: Jobs, recipe: Path) -> list[float]:
     with jobs.connected():
         chosen = load_recipe(str(recipe), ["workers.num_workers=1"])
         plan = prepare_reasoning(chosen).stages["pretrain"]
-        rows = [row for window in plan.windows(0) for row in plan.read(window, 0)]
+        batches = list(plan.batches(Read(plan), rank=0))
     model, stage = build_for_stage(chosen, "pretrain", {}), chosen.stages["pretrain"]
     optimizer = torch.optim.AdamW(
         parameter_groups(model, learning_rate=stage.learning_rate), weight_decay=stage.weight_decay
@@ -134,17 +135,25 @@ def plain_losses(jobs: Jobs, recipe: Path) -> list[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: stage.rate_factor(step, plan.num_steps))
     inputs = Inputs(model.config.encoder_spec.preprocessing, torch.device("cpu"), model.config.image_token_id)
     losses = []
-    for row in rows:
-        table = from_ipc(row["rows"])
-        for start in range(0, len(table), stage.global_batch_size):
-            batch = collate(table.slice(start, stage.global_batch_size), 0, len(losses), plan.form)
-            loss = inputs.micro_batch(batch).forward(model).mean()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+    for batch in batches:
+        loss = inputs.micro_batch(batch).forward(model).mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
     return losses
+
+
+class Read:
+    """Hands the rows of rank 0 to a stream as Ray Data does, read in this process."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        for window in self.stream.plan.windows():
+            yield from (pa.Table.from_pylist([row]) for row in self.stream.read(window) if row["rank"] == 0)
 
 
 def test_a_run_that_lost_a_rank_has_the_losses_of_a_plain_loop(
@@ -238,11 +247,11 @@ def test_the_export_with_merged_adapters_has_the_loss_that_the_engine_had(
         loaded = load_recipe(str(recipe))
         plan = prepare_reasoning(loaded).validation
         assert plan is not None
-        tables = [from_ipc(row["rows"]) for row in plan.read(Window(0, 0, plan.num_steps), 0)]
+        alone = replace(plan, world_size=1)
+        batches = list(alone.batches(Read(alone), rank=0))
     rows = []
-    for table in tables:
-        batch = collate(table, 0, 0, plan.form)
-        whole = inputs.micro_batch(batch)
+    for batch in batches:
+        whole = inputs.micro_batch(batch.part(slice(0, int(batch.is_real.sum()))))
         rows += losses_by_record(whole, whole.forward(model))
     num_tokens = sum(count for count, _ in rows)
     loss = sum(nats for _, nats in rows) / num_tokens

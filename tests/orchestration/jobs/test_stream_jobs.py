@@ -10,9 +10,9 @@ import pytest
 from job_runner import Jobs
 from record_files import drawn_picture
 
+from orchestration.data.ledger import check_ledger, read_ledger
 from orchestration.jobs.prepare import prepare_records
 from orchestration.recipe import load_recipe
-from orchestration.streaming.ledger import check_ledger, read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -21,7 +21,7 @@ RECIPE = """
 [records]
 datasets = ["s3://tinyemo/datasets/drawn"]
 image_size = 32
-shuffle_pool_rows = 240
+pool_mib = 0.01
 tokenizer = ""
 [train]
 global_batch_size = 12

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
+from orchestration.data.batch import Batch
 from orchestration.jobs.checkpoints import StageState
 from orchestration.jobs.evaluation import measure_records, summarise
 from orchestration.jobs.model_card import evaluation_lines
@@ -19,11 +20,10 @@ from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import parse_recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage
-from orchestration.streaming.record_batches import RecordBatch
 from tinyemo.errors import ConfigError, DataError, TrainingError
 
 
-def batch(seed: int) -> RecordBatch:
+def batch(seed: int) -> Batch:
     """Four records of one image each."""
     rng = np.random.default_rng(seed)
     tokens = []
@@ -32,7 +32,8 @@ def batch(seed: int) -> RecordBatch:
         labels = torch.tensor([-100] * 9 + list(text[4:]))
         tokens.append((torch.tensor([1, *[IMAGE] * 4, *text]), labels))
     pixels = torch.from_numpy(rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
-    return RecordBatch(0, 0, [f"r{place}" for place in range(4)], torch.ones(4, dtype=torch.bool), pixels, tokens)
+    ids, is_real = [f"r{place}" for place in range(4)], torch.ones(4, dtype=torch.bool)
+    return Batch(0, 0, ids, is_real, pixel_values=pixels, other_pixel_values=pixels.flip(0), tokens=tokens)
 
 
 def test_a_stage_without_images_sees_none_and_trains_no_connector() -> None:

@@ -20,8 +20,9 @@ import torch
 import torch.multiprocessing
 from job_runner import RUNS, Jobs
 
+from orchestration.data.batch import Batch
+from orchestration.data.plan import PlannedSet, RowGroups
 from orchestration.jobs.projector import build_projector, objective_of, train_batch
-from orchestration.jobs.streams import as_tensors
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
 from orchestration.search.records import (
     SEEN,
@@ -37,7 +38,6 @@ from orchestration.search.trial import FoldTraining, PackedTrial, SearchData, Sh
 from orchestration.search.trial_recipes import first_point
 from orchestration.services import storage
 from orchestration.services.engine import build_engine
-from orchestration.streaming.feature_stream import Batch
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import known_words
 from tinyemo.taxonomies import TAXONOMIES
@@ -60,14 +60,21 @@ def search_data(num_rows: int = 90, *, left_out: bool = False, is_finite: bool =
         features = (0.3 * centres[labels] + rng.standard_normal((count, 768))).astype(np.float16)
         if not is_finite:
             features[:, 3] = np.inf
-        return SharedRows(features, labels.astype(np.int64), rng.integers(0, 2**60, count).astype(np.uint64))
+        hashes = rng.integers(0, 2**60, count).astype(np.uint64)
+        return SharedRows(features, labels.astype(np.int64), hashes, np.arange(count) // 40)
 
     words = known_words()
     names = {"words": words, "llm": "none", "llm_revision": "none", "llm_weights": "random"}
     vectors = rng.standard_normal((len(words), 576)).astype(np.float32)
     seen, unseen = (WORDS[:4], WORDS[4:]) if left_out else (WORDS, ())
     return SearchData(
-        seen, rows(num_rows, len(seen)), unseen, rows(20, 2) if left_out else None, {"word": vectors}, names
+        seen,
+        rows(num_rows, len(seen)),
+        PlannedSet("ab" * 32, RowGroups.of([num_rows])),
+        unseen,
+        rows(20, 2) if left_out else None,
+        {"word": vectors},
+        names,
     )
 
 
@@ -88,10 +95,12 @@ def engine_losses(rank: int, port: int, path: str, content: dict[str, Any]) -> N
     )
     objective, losses = objective_of(chosen, data.labels("word"), data.words), []
     for step in range(NUM_STEPS):
-        places = plan.plan.global_batch(step)
-        features = data.train.features[plan.rows.row[places]]
-        batch = Batch("train", step, [str(place) for place in places], features, plan.rows.label[places])
-        point = train_batch(engine, objective, as_tensors(batch), torch.device("cpu"))
+        places = plan.order[step]
+        features = torch.from_numpy(data.train.features[plan.rows.row[places]])
+        labels = torch.from_numpy(plan.rows.label[places])
+        ids = [str(place) for place in places]
+        batch = Batch(0, step, ids, torch.ones(16, dtype=torch.bool), features, labels, global_labels=labels)
+        point = train_batch(engine, objective, batch, torch.device("cpu"))
         losses.append(float(point["train/loss"]))
     Path(path).write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
 import sys
@@ -17,17 +18,15 @@ from PIL import Image
 from record_files import record, write_records
 
 from orchestration.assets.catalogue import get_asset
+from orchestration.data import sets, stream
+from orchestration.data.batch import Batch
+from orchestration.data.forms import RecordForm, open_chat_tokenizer
+from orchestration.data.ledger import Ledger, check_ledger, read_ledger
+from orchestration.data.partners import with_partners
+from orchestration.data.sets import open_record_set, read_records
+from orchestration.data.stream import Stream, plan_records
 from orchestration.recipe import RecordsConfig
 from orchestration.services import storage
-from orchestration.streaming.ledger import Ledger, check_ledger, read_ledger
-from orchestration.streaming.record_batches import RecordBatch
-from orchestration.streaming.record_forms import open_chat_tokenizer
-from orchestration.streaming.record_sets import open_record_set, read_records
-from orchestration.streaming.record_stream import (
-    RecordPlan,
-    open_record_stream,
-    plan_records,
-)
 from tinyemo.conversation import IGNORED, IMAGE_TOKEN_ID
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, DataError, StorageError, TrainingError
@@ -37,6 +36,8 @@ from tinyemo.tokenizer_files import open_tokenizer
 
 NUM_RECORDS = 131
 BATCH = 12
+POOL_MIB = 0.02
+"""About seven pools of three row groups."""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def make_plan(
     preprocessing: Preprocessing | None = None,
     image_tokens: int | None = None,
     **config: Any,
-) -> RecordPlan:
-    settings = {"tokenizer": "", "image_size": 16, "shuffle_pool_rows": 36} | config
+) -> Stream:
+    settings = {"tokenizer": "", "image_size": 16, "pool_mib": POOL_MIB} | config
     return plan_records(
         tuple(open_record_set(uri, "train") for uri in datasets),
         RecordsConfig(**settings),
@@ -86,16 +87,21 @@ class Handed:
             yield pa.Table.from_pylist([row])
 
 
-def read_all(plan: RecordPlan, start_step: int = 0, resume_step: int | None = None) -> list[list[RecordBatch]]:
-    rows = [row for window in plan.windows(start_step) for row in plan.read(window, start_step)]
+def all_rows(plan: Stream, start_step: int = 0) -> list[dict[str, Any]]:
+    """What the reading tasks of a run yield, in order."""
+    return [row for window in plan.plan.windows(start_step) for row in plan.read(window, start_step)]
+
+
+def read_all(plan: Stream, start_step: int = 0, resume_step: int | None = None) -> list[list[Batch]]:
+    rows = all_rows(plan, start_step)
     begin = start_step if resume_step is None else resume_step
     return [
-        list(open_record_stream(Handed(rows[rank :: plan.world_size]), plan, rank=rank, start_step=begin))
+        list(plan.batches(Handed(rows[rank :: plan.world_size]), rank=rank, start_step=begin))
         for rank in range(plan.world_size)
     ]
 
 
-def ids_by_step(by_rank: list[list[RecordBatch]]) -> dict[int, list[str]]:
+def ids_by_step(by_rank: list[list[Batch]]) -> dict[int, list[str]]:
     steps: dict[int, list[str]] = {}
     for batches in by_rank:
         for batch in batches:
@@ -105,7 +111,7 @@ def ids_by_step(by_rank: list[list[RecordBatch]]) -> dict[int, list[str]]:
 
 def test_rows_come_in_the_order_that_was_asked_for(dataset: str) -> None:
     rows = np.array([130, 0, 49, 50, 7, 8, 99, 7], dtype=np.int64)
-    table = read_records(open_record_set(dataset, "train"), rows)
+    table = read_records(open_record_set(dataset, "train"), rows, ["id", "image"])
     assert table["id"].to_pylist() == [f"r{number:05d}" for number in rows]
     assert table["image"].to_pylist() == [record(int(number))["image"] for number in rows]
 
@@ -146,19 +152,19 @@ def test_pixels_and_texts_are_those_of_the_record(dataset: str, smollm2_file: Pa
     end = open_chat_tokenizer(str(smollm2_file), "<|im_end|>").end_id
     seen = 0
     for batch in [batch for batches in read_all(plan) for batch in batches]:
-        assert batch.input_ids is not None
-        assert batch.labels is not None
-        assert batch.attention_mask is not None
+        assert batch.padded is not None
+        input_ids, labels, mask = batch.padded.input_ids, batch.padded.labels, batch.padded.attention_mask
+        assert batch.pixel_values is not None
         assert batch.pixel_values.shape == (BATCH // 2, 16, 16, 3)
         assert batch.pixel_values.dtype == torch.uint8
         for place, one in enumerate(batch.ids):
             if not batch.is_real[place]:
-                assert (batch.labels[place] == IGNORED).all()
+                assert (labels[place] == IGNORED).all()
                 continue
             number, seen = int(one[1:]), seen + 1
             assert batch.pixel_values[place, 8, 8].tolist() == [number % 256, number // 256, 7]
-            ids = batch.input_ids[place][batch.attention_mask[place]].tolist()
-            learned = batch.labels[place][batch.labels[place] != IGNORED].tolist()
+            ids = input_ids[place][mask[place]].tolist()
+            learned = labels[place][labels[place] != IGNORED].tolist()
             assert ids.count(IMAGE_TOKEN_ID) == 1
             assert learned[-1] == end
             assert text_of.decode(learned[:-1]) == record(number)["turns"][1]["text"].strip()
@@ -183,7 +189,7 @@ def test_a_towers_pixels_are_the_same_whoever_decodes(s3_root: str, preprocessin
         plan = make_plan(f"{s3_root}/noisy", preprocessing=preprocessing, decode=decode, epochs=1, image_size=99)
         batches = [batch for batches in read_all(plan) for batch in batches]
         found[decode] = {
-            one: pixels for batch in batches for one, pixels in zip(batch.ids, batch.pixel_values, strict=True)
+            one: pixels for batch in batches for one, pixels in zip(batch.ids, pixels_of(batch), strict=True)
         }
     assert len(found["reader"]) == BATCH
     for number, image in enumerate(images):
@@ -191,6 +197,11 @@ def test_a_towers_pixels_are_the_same_whoever_decodes(s3_root: str, preprocessin
         assert expected.shape == (preprocessing.crop, preprocessing.crop, 3)
         for pixels in found.values():
             assert torch.equal(pixels[f"r{number:05d}"], expected)
+
+
+def pixels_of(batch: Batch) -> torch.Tensor:
+    assert batch.pixel_values is not None
+    return batch.pixel_values
 
 
 def noisy_picture(number: int) -> bytes:
@@ -206,7 +217,8 @@ def test_the_records_task_and_the_tower_decide_the_prompt(s3_root: str, smollm2_
     tasks = ["caption", "vqa", "sqa", "reasoning"]
     write_records(s3_root, [record(number, task=tasks[number % 4]) for number in range(BATCH)], name="tasks")
     plan = make_plan(f"{s3_root}/tasks", tokenizer=str(smollm2_file), epochs=1, image_tokens=7)
-    assert plan.config.image_tokens == 1
+    assert isinstance(plan.form, RecordForm)
+    assert plan.form.image_tokens == 7
     text_of = open_tokenizer(smollm2_file)
     seen = 0
     for batch in [batch for batches in read_all(plan) for batch in batches]:
@@ -225,7 +237,7 @@ def test_parts_of_a_batch_hold_its_records_in_order(dataset: str, smollm2_file: 
     [*_, last] = read_all(plan)[0]
     parts = [last.part(rows) for rows in micro_batches(len(last.ids), 5)]
     assert [one for part in parts for one in part.ids] == last.ids
-    assert torch.equal(torch.cat([part.pixel_values for part in parts]), last.pixel_values)
+    assert torch.equal(torch.cat([pixels_of(part) for part in parts]), pixels_of(last))
     assert torch.equal(torch.cat([part.is_real for part in parts]), last.is_real)
     assert last.tokens is not None
     tokens = [pair for part in parts for pair in part.tokens or []]
@@ -236,8 +248,8 @@ def test_parts_of_a_batch_hold_its_records_in_order(dataset: str, smollm2_file: 
     assert pack(last.tokens).num_answer_tokens == pack(real).num_answer_tokens > 0
     assert last.padded is not None
     assert last.padded.num_answer_tokens == pack(real).num_answer_tokens
-    assert parts[0].input_ids is not None
-    assert parts[0].input_ids.shape[1] == max(len(ids) for ids, _ in last.tokens[:5])
+    assert parts[0].padded is not None
+    assert parts[0].padded.input_ids.shape[1] == max(len(ids) for ids, _ in last.tokens[:5])
 
 
 def test_a_record_that_cannot_be_used_is_named(s3_root: str, dataset: str, smollm2_file: Path) -> None:
@@ -254,15 +266,71 @@ def test_a_record_that_cannot_be_used_is_named(s3_root: str, dataset: str, smoll
                 read_all(make_plan(f"{s3_root}/torn", epochs=1, decode=decode, preprocessing=preprocessing))
 
 
-def test_a_window_of_decoded_images_fits_into_the_object_store(dataset: str) -> None:
-    """4,096 pictures of 224 pixels are 617 MB decoded; drawn ones are 200 bytes as files."""
-    decoded = make_plan(dataset, decode="reader", image_size=224)
-    assert decoded.window_rows * 3 * 224 * 224 <= 96 * 2**20 < (decoded.window_rows + 1) * 3 * 224 * 224
-    assert make_plan(dataset).window_rows > 100_000
-    tower = make_plan(dataset, decode="reader", preprocessing=TOWERS[0], image_size=224)
-    assert tower.window_rows * 3 * 16 * 16 <= 96 * 2**20 < (tower.window_rows + 1) * 3 * 16 * 16
-    small = make_plan(dataset, decode="reader", image_size=1200, epochs=1)
-    assert {window.last - window.first for window in small.windows(0)} == {1}
+def test_a_part_of_decoded_images_fits_into_the_object_store(dataset: str) -> None:
+    """A pool of drawn pictures of 200 bytes each holds far more pixels; its parts hold no more than PART_BYTES."""
+    large = make_plan(dataset, decode="reader", image_size=1200, epochs=1, world_size=1)
+    sizes = [len(row["rows"]) for row in all_rows(large)]
+    assert len(sizes) > 4 * len(list(large.plan.windows()))
+    assert max(sizes) < 1.1 * stream.PART_BYTES
+    tower = make_plan(dataset, decode="reader", preprocessing=TOWERS[0], image_size=1200, epochs=1, world_size=1)
+    assert len(all_rows(tower)) == len(list(tower.plan.windows())), "the tower decides the size"
+
+
+@pytest.mark.parametrize("part_bytes", [1, 3000, 2**30])
+def test_the_size_of_parts_changes_no_step(dataset: str, monkeypatch: pytest.MonkeyPatch, part_bytes: int) -> None:
+    """From one record a part to whole pools."""
+    expected = ids_by_step(read_all(make_plan(dataset)))
+    monkeypatch.setattr(stream, "PART_BYTES", part_bytes)
+    assert ids_by_step(read_all(make_plan(dataset, world_size=3))) == expected
+
+
+def test_each_row_group_is_fetched_once_an_epoch(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools that hold no whole number of batches hand the rest over to the next step; nobody reads it again."""
+    fetched: list[tuple[str, int]] = []
+    read = sets._row_group.__wrapped__
+
+    def counted(uri: str, shard: Any, place: int, columns: Any) -> pa.Table:
+        fetched.append((uri, place))
+        return read(uri, shard, place, columns)
+
+    monkeypatch.setattr(sets, "_row_group", counted)
+    plan = make_plan(dataset, epochs=1)
+    read_all(plan)
+    assert len(fetched) == len(set(fetched)) == plan.sets[0].stored_groups.num_groups
+
+
+def test_anothers_image_is_decided_over_all_records(dataset: str, s3_root: str) -> None:
+    """Partners have another image, and neither the ranks nor a last batch of one record change them."""
+
+    def pictured(count: int, per_image: int) -> list[dict[str, Any]]:
+        images = [noisy_picture(number // per_image) for number in range(count)]
+        names = [hashlib.sha256(image).hexdigest() for image in images]
+        return [record(number, image=images[number], image_sha256=names[number]) for number in range(count)]
+
+    write_records(s3_root, pictured(17, 2), name="alike")
+    found = []
+    for world_size in (1, 2, 3):
+        plan = make_plan(f"{s3_root}/alike", world_size=world_size, image_size=64)
+        held_out = plan.held_out("train", 8 // world_size)
+        assert held_out is not None
+        whole = with_partners(held_out)
+        pairs = {}
+        for batch in [batch for batches in read_all(whole) for batch in batches]:
+            assert batch.other_pixel_values is not None
+            for one, is_real, own, other in zip(
+                batch.ids, batch.is_real, pixels_of(batch), batch.other_pixel_values, strict=True
+            ):
+                if is_real:
+                    assert not torch.equal(own, other)
+                    pairs[one] = hash(other.numpy().tobytes())
+        assert len(pairs) == 17
+        found.append(pairs)
+    assert found[0] == found[1] == found[2]
+    write_records(s3_root, pictured(4, 3), name="few")
+    few = make_plan(f"{s3_root}/few", batch=2)
+    with pytest.raises(DataError, match="images cannot be shuffled for the evaluation: 3 of 4 records have one image"):
+        with_partners(few)
+    assert make_plan(dataset).held_out("test", 4) is None
 
 
 def test_a_mix_reads_both_data_sets(dataset: str, s3_root: str) -> None:
@@ -274,17 +342,22 @@ def test_a_mix_reads_both_data_sets(dataset: str, s3_root: str) -> None:
 
 def test_a_stream_out_of_order_is_an_error(dataset: str) -> None:
     plan = make_plan(dataset)
-    rows = [row for window in plan.windows(0) for row in plan.read(window, 0)]
+    rows = all_rows(plan)
     with pytest.raises(TrainingError, match="did not preserve the order"):
-        list(open_record_stream(Handed(rows[1::2]), plan, rank=0, start_step=0))
+        list(plan.batches(Handed(rows[1::2]), rank=0))
     swapped = [rows[2], rows[0], *rows[4::2]]
     with pytest.raises(TrainingError, match="did not preserve the order"):
-        list(open_record_stream(Handed(swapped), plan, rank=0, start_step=0))
-    with pytest.raises(TrainingError, match="ended 1 windows before"):
-        list(open_record_stream(Handed(rows[:-2:2]), plan, rank=0, start_step=0))
+        list(plan.batches(Handed(swapped), rank=0))
+    with pytest.raises(TrainingError, match="ended 1 parts before"):
+        list(plan.batches(Handed(rows[:-2:2]), rank=0))
+    with pytest.raises(TrainingError, match="ended 10 parts before"):
+        list(plan.batches(Handed([]), rank=0))
     other = make_plan(dataset, seed=4)
     with pytest.raises(TrainingError, match="does not hold the records of the plan"):
-        list(open_record_stream(Handed(rows[::2]), other, rank=0, start_step=0))
+        list(other.batches(Handed(rows[::2]), rank=0))
+    late = all_rows(plan, 5)
+    with pytest.raises(TrainingError, match="starts at step 5, after the checkpoint's step 3"):
+        list(plan.batches(Handed(late[::2]), rank=0, start_step=3))
 
 
 def test_what_cannot_be_planned_says_so(dataset: str) -> None:
@@ -307,10 +380,10 @@ def test_a_corrupt_shard_is_named(dataset: str) -> None:
     data[place + 50] ^= 1
     storage.write_bytes(uri, bytes(data))
     with pytest.raises(DataError, match=rf"{uri} is corrupt"):
-        read_records(record_set, np.array([60]))
+        read_records(record_set, np.array([60]), ["image"])
     storage.delete(uri)
     with pytest.raises((DataError, StorageError), match=r"missing|does not exist|corrupt"):
-        read_records(record_set, np.array([70]))
+        read_records(record_set, np.array([70]), ["image"])
 
 
 def test_a_ledger_shows_what_was_lost_and_doubled(dataset: str, s3_root: str) -> None:
@@ -352,7 +425,7 @@ def test_a_ledger_shows_what_was_lost_and_doubled(dataset: str, s3_root: str) ->
 def test_a_task_that_reads_images_needs_no_torch() -> None:
     code = """
 import sys
-import orchestration.streaming.feature_stream, orchestration.streaming.record_stream
+import orchestration.data.stream
 print(sorted({"torch", "mlflow", "transformers"} & set(sys.modules)))
 """
     command = [sys.executable, "-c", code]

@@ -1,4 +1,4 @@
-"""Which record was in which step, written by every rank as it trains: the proof that none was lost or doubled.
+"""The ledger of a run says which record was in which step, and so proves that none was lost or doubled.
 
 <run>/ledger/<attempt>-<first step>-rank<r>.parquet: epoch, step, rank, id. A rank writes its steps just before the
 checkpoint that makes them count. An attempt that dies in between leaves steps that the next one does again, so of the
@@ -17,27 +17,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from orchestration.data.sets import RecordSet, read_records
+from orchestration.data.stream import Stream
 from orchestration.services import storage
-from orchestration.streaming.record_sets import RecordSet
-from orchestration.streaming.record_stream import RecordPlan
 from tinyemo.errors import DataError
 
 SCHEMA = pa.schema([("epoch", pa.int32()), ("step", pa.int64()), ("rank", pa.int32()), ("id", pa.string())])
 
 
 class Ledger:
-    """One rank's lines since its last checkpoint."""
+    """The lines of one rank since its last checkpoint."""
 
     def __init__(self, folder: str, *, attempt: str, rank: int) -> None:
         self.folder, self.attempt, self.rank = folder, attempt, rank
         self._lines: list[tuple[int, int, list[str]]] = []
 
     def add(self, epoch: int, step: int, ids: Sequence[str]) -> None:
-        """A step's records on this rank; padded ones, whose id is empty, are left out."""
+        """Add the records of a step on this rank; padded ones, whose id is empty, are left out."""
         self._lines.append((epoch, step, [one for one in ids if one]))
 
     def flush(self) -> None:
-        """Write what was added to S3."""
+        """Write the added lines to S3."""
         if not self._lines:
             return
         sizes = [len(ids) for *_, ids in self._lines]
@@ -55,7 +55,7 @@ class Ledger:
 
 
 def read_ledger(folder: str) -> pa.Table:
-    """The lines that count, in the order of steps and ranks."""
+    """Return the lines that count, in the order of steps and ranks."""
     uris = sorted(storage.list_prefix(f"{folder}/ledger/"))
     if not uris:
         raise DataError(f"{folder} has no ledger: run it with --ledger")
@@ -75,14 +75,14 @@ def read_ledger(folder: str) -> pa.Table:
 
 @dataclass(frozen=True)
 class LedgerCheck:
-    """What a ledger shows.
+    """The difference between a ledger and the plan.
 
     Attributes:
-        num_steps: that have lines.
+        num_steps: steps that have lines.
         num_records: lines.
         num_wrong_steps: steps whose records are not the plan's.
         num_lost: records of the plan's steps that no line names.
-        num_doubled: lines that name a record again within an epoch beyond what the plan has.
+        num_doubled: lines that name a record again within a step beyond what the plan has.
     """
 
     num_steps: int
@@ -93,21 +93,21 @@ class LedgerCheck:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every step holds what the plan says and nothing else."""
+        """Whether every step holds exactly the records of the plan."""
         return not (self.num_wrong_steps or self.num_lost or self.num_doubled)
 
 
-def check_ledger(ledger: pa.Table, plan: RecordPlan, num_steps: int) -> LedgerCheck:
-    """Hold a ledger against the plan's first `num_steps` steps, by the ids that the shards in S3 hold."""
-    ids = [_read_ids(record_set) for record_set in plan.sets]
+def check_ledger(ledger: pa.Table, stream: Stream, num_steps: int) -> LedgerCheck:
+    """Compare a ledger with the plan's first `num_steps` steps, by the ids that the shards in S3 hold."""
+    ids = [_read_ids(record_set) for record_set in stream.sets]
     steps = np.asarray(ledger["step"])
     edges = np.searchsorted(steps, np.arange(num_steps + 1))
     found = ledger["id"].to_pylist()
+    refs, size = stream.plan.refs(0, num_steps), stream.plan.global_batch_size
     wrong = lost = doubled = 0
     for step in range(num_steps):
-        epoch, place = divmod(step, plan.steps.steps_per_epoch)
-        refs = plan.steps.global_batch(epoch, place)
-        expected = [ids[s][r] for s, r in zip(refs.source, refs.row, strict=True) if r >= 0]
+        place = slice(step * size, (step + 1) * size)
+        expected = [ids[s][r] for s, r in zip(refs.source[place], refs.row[place], strict=True) if r >= 0]
         seen = found[edges[step] : edges[step + 1]]
         wrong += sorted(seen) != sorted(expected)
         lost += len(set(expected) - set(seen))
@@ -117,9 +117,5 @@ def check_ledger(ledger: pa.Table, plan: RecordPlan, num_steps: int) -> LedgerCh
 
 
 def _read_ids(record_set: RecordSet) -> list[str]:
-    """Of every row of a data set, in storage order."""
-    found: list[str] = []
-    for shard in record_set.shards:
-        file = storage.filesystem().open_input_file(record_set.manifest.file_uri(shard.path).removeprefix("s3://"))
-        found += pq.read_table(file, columns=["id"])["id"].to_pylist()
-    return found
+    ids: list[str] = read_records(record_set, np.arange(record_set.num_rows), ["id"])["id"].to_pylist()
+    return ids

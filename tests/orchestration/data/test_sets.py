@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_files import record, write_records
 
-from orchestration.streaming import record_sets
-from orchestration.streaming.record_sets import open_record_set, read_records
-from orchestration.streaming.table_cache import remember
+from orchestration.data import sets
+from orchestration.data.sets import RecordSet, open_record_set, read_records, remember
 
 NUM_THREADS = 8
 
@@ -34,16 +33,31 @@ def test_threads_that_push_each_others_row_groups_out_get_what_they_asked_for(
 ) -> None:
     """Room for one row group, and the threads want seventeen."""
     write_records(s3_root, [record(number) for number in range(131)])
-    tiny = remember(1, key=lambda uri, shard, place: (uri, place), num_bytes=lambda table: int(table.nbytes))
-    monkeypatch.setattr(record_sets, "_row_group", tiny(record_sets._row_group.__wrapped__))
+    tiny = remember(1, key=lambda uri, shard, place, columns: (uri, place), num_bytes=lambda table: int(table.nbytes))
+    monkeypatch.setattr(sets, "_row_group", tiny(sets._row_group.__wrapped__))
     record_set = open_record_set(f"{s3_root}/drawn", "train")
 
     def read(seed: int) -> None:
         rows = np.random.default_rng(seed).integers(0, 131, 40)
-        assert read_records(record_set, rows)["id"].to_pylist() == [f"r{number:05d}" for number in rows]
+        assert read_records(record_set, rows, ["id"])["id"].to_pylist() == [f"r{number:05d}" for number in rows]
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(read, range(12)))
+
+
+def test_a_selection_counts_its_own_rows(s3_root: str) -> None:
+    """Validation carved out of train is a selection of rows; its row groups count the selected rows alone."""
+    write_records(s3_root, [record(number) for number in range(131)])
+    whole = open_record_set(f"{s3_root}/drawn", "train")
+    rows = np.array([0, 1, 50, 99, 100, 130])
+    chosen = whole.select(rows)
+    assert chosen.num_rows == chosen.planned().groups.num_rows == 6
+    assert read_records(chosen, np.array([5, 2, 2]), ["id"])["id"].to_pylist() == ["r00130", "r00050", "r00050"]
+    again = chosen.select(np.array([1, 3, 5]))
+    assert read_records(again, np.arange(3), ["id"])["id"].to_pylist() == ["r00001", "r00099", "r00130"]
+    assert len(read_records(again, np.arange(0), ["id"])) == 0
+    assert isinstance(again, RecordSet)
+    assert again.planned().groups.num_groups == len(np.unique(whole.stored_groups.groups_of(rows[[1, 3, 5]])))
 
 
 @settings(deadline=None)

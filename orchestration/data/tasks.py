@@ -1,4 +1,4 @@
-"""Work on Ray Data in no order: a task an item, again where its worker dies, and errors of ours come out whole."""
+"""Unordered work on Ray Data: run one task per item, retry tasks whose worker died, re-raise our errors unchanged."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from orchestration.streaming.ordered_stream import Row, quiet_ray_data
+from orchestration.data.stream import Row, quiet_ray_data
 from tinyemo import errors
 from tinyemo.errors import PlatformError, TinyEmoError
 
 MAX_RETRIES = 3
-"""Times that a task runs again, or that an actor starts again, after its worker died."""
+"""Number of times that a task runs again, or that an actor starts again, after its worker died."""
 
 
 def guarded(work: Callable[[pa.Table], pa.Table], batch: pa.Table) -> pa.Table:
-    """What `work` makes of the batch, or a row (failure, message) for an error of ours, which `run_unordered` raises.
+    """Return the result of `work`, or a row (failure, message) for an error of ours, which `run_unordered` raises.
 
-    Raised where the work runs, it would reach the driver as Ray Data's own error, without ours inside.
+    Raised in the task, the error would reach the driver as Ray Data's own, without ours inside.
     """
     try:
         return work(batch)
@@ -29,17 +29,17 @@ def guarded(work: Callable[[pa.Table], pa.Table], batch: pa.Table) -> pa.Table:
 
 
 def run_unordered(items: list[Row], work: Any, *, worker: str, advice: str, **options: Any) -> Iterator[pa.Table]:
-    """What the work returns for each item, as it gets done; call `connect` first.
+    """Yield the result of the work for each item as it gets done; call `connect` first.
 
     Args:
         items: plain values.
         work: takes a table of one item and returns through `guarded`; a function, or a class for actors.
-        worker: what Ray loses where it gives up, for the error: "a task".
-        advice: what to do then, for the error.
+        worker: name of what Ray lost where it gives up, for the error: "a task".
+        advice: the user's next step, for the error.
         options: of `ray.data.Dataset.map_batches`, `MAX_RETRIES` among them.
 
     Raises:
-        TinyEmoError: the one that the work ended with.
+        TinyEmoError: the error that ended the work.
         PlatformError: Ray lost workers more often than it may.
     """
     import ray.data

@@ -1,1 +1,0 @@
-"""The order of samples as a pure function, and Ray Data executing it."""
