@@ -15,7 +15,6 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -224,27 +223,30 @@ class Stream:
     def _steps(
         self, shard: ray.data.DataIterator, rank: int, start_step: int
     ) -> Iterator[tuple[int, pa.Table, NDArray[np.int64]]]:
-        """Yield (step, rows of this rank, labels of the whole step) of every step."""
+        """Yield (step, rows of this rank, labels of the whole step) of every step.
+
+        The records of a data set arrive in the order in which steps take them, so a step takes the first ones that are
+        held of each, and leaves the rest to the next step.
+        """
         blocks = self._blocks(shard, rank, start_step)
         own = rank_slice(self.plan.global_batch_size, rank, self.world_size)
-        rows = [_Queue[pa.Table]() for _ in self.sets]
-        labels = [_Queue[NDArray[np.int64]]() for _ in self.sets]
-        empty = pa.table({})
+        rows: dict[int, pa.Table] = {}
+        labels = [np.empty(0, np.int64) for _ in self.sets]
         for step in range(start_step, self.num_steps):
             sources = self.plan.sources(step)
-            found_rows, found_labels = [], []
-            for source in range(len(self.sets)):
-                num_rows = int((sources[own] == source).sum())
-                num_labels = int((sources == source).sum()) if self.form.has_labels else 0
-                while len(rows[source]) < num_rows or len(labels[source]) < num_labels or not empty.num_columns:
-                    where, table, more = next(blocks)
-                    empty = table[:0]
-                    rows[where].push(table)
-                    labels[where].push(more)
-                found_rows += rows[source].take(num_rows)
-                found_labels += labels[source].take(num_labels)
-            table = pa.concat_tables(found_rows) if found_rows else empty
-            whole = np.concatenate(found_labels) if found_labels else np.empty(0, np.int64)
+            num_rows = [int((sources[own] == source).sum()) for source in range(len(self.sets))]
+            num_labels = [int((sources == source).sum()) * self.form.has_labels for source in range(len(self.sets))]
+            while not rows or any(
+                len(rows.get(source, ())) < num_rows[source] or len(labels[source]) < num_labels[source]
+                for source in range(len(self.sets))
+            ):
+                source, table, more = next(blocks)
+                rows[source] = pa.concat_tables([rows[source], table]) if source in rows else table
+                labels[source] = np.concatenate([labels[source], more])
+            table = pa.concat_tables([part[: num_rows[source]] for source, part in sorted(rows.items())])
+            whole = np.concatenate([part[:count] for part, count in zip(labels, num_labels, strict=True)])
+            rows = {source: part[num_rows[source] :] for source, part in rows.items()}
+            labels = [part[count:] for part, count in zip(labels, num_labels, strict=True)]
             if len(self.sets) > 1:
                 table = table.take(pa.array(_interleaved(sources[own])))
                 whole = whole[_interleaved(sources)] if self.form.has_labels else whole
@@ -293,34 +295,6 @@ class Stream:
 def _interleaved(sources: NDArray[np.int32]) -> Ints:
     """Return the place of each real slot's record where the records stand data set by data set."""
     return np.argsort(np.argsort(sources[sources >= 0], kind="stable"), kind="stable")
-
-
-class _Queue(Generic[T]):
-    """Rows that have arrived, in order, as pieces that can be sliced."""
-
-    def __init__(self) -> None:
-        self._pieces: deque[Any] = deque()
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def push(self, piece: Any) -> None:
-        if len(piece):
-            self._pieces.append(piece)
-            self._size += len(piece)
-
-    def take(self, count: int) -> list[T]:
-        """Remove the first `count` rows and return the pieces that hold them."""
-        found = []
-        self._size -= count
-        while count:
-            piece = self._pieces.popleft()
-            found.append(piece[:count])
-            if len(piece) > count:
-                self._pieces.appendleft(piece[count:])
-            count -= len(found[-1])
-        return found
 
 
 _ONE_ROW: Row = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 0}
@@ -441,39 +415,31 @@ def configure_ray_data() -> Any:
 
 
 def _rows_of(shard: ray.data.DataIterator, rank: int) -> Iterator[Row]:
-    """Yield a rank's rows as they come."""
-    with _says_what_it_waits_for(rank) as arrived:
-        for block in shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-            arrived()
-            yield from block.to_pylist()
-
-
-@contextmanager
-def _says_what_it_waits_for(rank: int) -> Iterator[Any]:
-    """Log a line where rank 0 waits long for its first block; call what this gives once a block is there."""
-
-    def say() -> None:
-        import ray
-
-        total, free = ray.cluster_resources(), ray.available_resources()
-        logger.warning(
-            "waiting for the first batch for %.0f s: reading tasks need a node with a free %s; the cluster has %g "
-            "readers, %g of them free (other jobs hold the rest), and %d nodes",
-            WAITS_S,
-            '"reader"' if total.get("reader") else "worker process",
-            total.get("reader", 0),
-            free.get("reader", 0),
-            len(ray.nodes()),
-        )
-
-    timer = threading.Timer(WAITS_S, say)
+    """Yield a rank's rows as they come; rank 0 logs a line where it waits long for the first."""
+    timer = threading.Timer(WAITS_S, _say_what_is_missing)
     timer.daemon = True
     if rank == 0:
         timer.start()
     try:
-        yield timer.cancel
+        for block in shard.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
+            timer.cancel()
+            yield from block.to_pylist()
     finally:
         timer.cancel()
+
+
+def _say_what_is_missing() -> None:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    logger.warning(
+        "no batch for %.0f s: reading tasks wait for a free reader, or still start. Of %g readers on %d nodes %g are "
+        "free; running jobs hold the others",
+        WAITS_S,
+        total.get("reader", 0),
+        len(ray.nodes()),
+        free.get("reader", 0),
+    )
 
 
 @dataclass
