@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from orchestration.assets.labels import label_embeddings
 from orchestration.jobs.checkpoints import read_curve
 from orchestration.jobs.job import train
 from orchestration.jobs.lease import finish_family, hold_lease, is_finished_family, run_folder
@@ -88,6 +87,8 @@ def recipe_for_size(recipe: Recipe, size: str) -> Recipe:
 
 
 def _projector_of_size(recipe: Recipe, size: str, content: dict[str, Any]) -> Recipe:
+    from orchestration.assets.labels import label_embeddings  # imports torch
+
     content["labels"] |= {"llm": size, "llm_weights": "real"}
     content["projector"]["hidden_size"] = FAMILY[size].hidden_size
     child = parse_size(recipe, size, content)

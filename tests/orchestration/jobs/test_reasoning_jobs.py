@@ -203,9 +203,9 @@ def test_mlflow_shows_a_child_for_each_stage_and_where_it_came_from(jobs: Jobs, 
 
 def test_a_family_says_what_each_size_would_read(jobs: Jobs, recipe: Path, mirror: Path) -> None:
     override = f'family.overrides={{{SIZE} = ["stages.pretrain.num_steps=5"]}}'
-    arguments = ("family", recipe, "--set", override, "--dry-run", "--json")
+    arguments = ("family", recipe, "--set", "name=planned", "--set", override, "--dry-run", "--json")
     (planned,) = jobs.run(*arguments, TINYEMO_MIRROR=str(mirror)).document
-    assert planned["name"] == RUN
+    assert planned["name"] == f"planned-{SIZE}"
     assert planned["optimizer_steps"] == {"pretrain": 5, "finetune": NUM_RECORDS["train"] // 8}
     assert planned["recipe"]["reasoner"]["llm"] == str(mirror / "llms" / SIZE)
 
