@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from orchestration.assets.catalogue import cache_folder, open_embedding_table
 from tinyemo.config import LabelConfig
-from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words
 from tinyemo.taxonomies import TAXONOMIES
+
+if TYPE_CHECKING:
+    from tinyemo.label_embeddings import LabelEmbeddings
 
 
 def label_embeddings(config: LabelConfig) -> LabelEmbeddings:
@@ -16,6 +19,8 @@ def label_embeddings(config: LabelConfig) -> LabelEmbeddings:
     Raises:
         AssetError: the real table is out of reach; the message lists what was tried.
     """
+    from tinyemo.label_embeddings import LabelEmbeddings, embed_labels, known_words  # imports torch
+
     words = known_words(config.resolved(TAXONOMIES["ekman"]))
     key = f"{config.llm}\n{config.llm_weights}\n{config.template}\n{config.seed}\n{words}"
     name = f"{config.llm}-{config.llm_weights}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"

@@ -19,8 +19,7 @@ from orchestration.cli.ingest import ingest_app
 from orchestration.cli.platform import platform_app
 from orchestration.cli.recipes import recipes_app
 from orchestration.cli.runs import datasets_app, runs_app
-from orchestration.cli.stream import stream
-from orchestration.cli.train import family, train
+from orchestration.cli.train import family, stream, train
 from orchestration.cli.tune import tune
 from orchestration.cli.use import evaluate, predict
 from tinyemo.errors import TinyEmoError

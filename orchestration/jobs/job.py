@@ -27,6 +27,7 @@ from orchestration.recipe import Recipe, to_toml
 from orchestration.services import storage, tracking
 
 if TYPE_CHECKING:
+    from orchestration.data.stream import Stream
     from orchestration.jobs.attempts import Progress
     from orchestration.jobs.checkpoints import StageState
     from orchestration.jobs.worker import Stage
@@ -166,7 +167,7 @@ def read_stream(recipe: Recipe, *, has_ledger: bool = False, progress: Progress 
     """
     plan = prepare_records(recipe)
     folder, order = run_folder(recipe), order_only(recipe)
-    data = {f"{place}/{part.manifest.name}": part.manifest.digest for place, part in enumerate(plan.sets)}
+    data = _digests(plan)
     if read_claim(folder, order, data) is not None and storage.exists(f"{folder}/result.json"):
         logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
         return StreamResult(**storage.read_json(f"{folder}/result.json"))
@@ -197,3 +198,29 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     recipe = plan.recipe
     read_claim(run_folder(recipe), recipe, plan.data_digests())
     return {"name": recipe.name, "recipe_digest": recipe.digest(), **plan.facts()}
+
+
+def describe_reading(recipe: Recipe) -> dict[str, Any]:
+    """Return what is known of a reading before anything starts; also check that the name is free for it.
+
+    Raises:
+        TrainingError: the name belongs to other records or another order.
+        TinyEmoError: see `prepare_records`.
+    """
+    plan = prepare_records(recipe)
+    read_claim(run_folder(recipe), order_only(recipe), _digests(plan))
+    return {
+        "name": recipe.name,
+        "records": {part.manifest.uri: part.manifest.splits[part.split].rows for part in plan.sets},
+        "records_per_epoch": plan.plan.samples_per_epoch,
+        "steps": plan.num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "global_batch_size": plan.plan.global_batch_size,
+        "windows": plan.plan.num_windows,
+        "readers": plan.num_readers,
+        "workers": plan.world_size,
+    }
+
+
+def _digests(plan: Stream) -> dict[str, str]:
+    return {f"{place}/{part.manifest.name}": part.manifest.digest for place, part in enumerate(plan.sets)}

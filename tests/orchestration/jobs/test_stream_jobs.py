@@ -94,4 +94,5 @@ def test_what_cannot_be_read_is_one_line(jobs: Jobs, drawn: dict[str, object]) -
     assert "holds features; this needs instruct" in features.error
     planned = jobs.run("stream", recipe, "--dry-run")
     assert planned.code == 0
-    assert f"{NUM_RECORDS} records, {NUM_RECORDS} an epoch" in planned.stdout
+    assert re.search(rf"^records_per_epoch +{NUM_RECORDS}$", planned.stdout, re.MULTILINE)
+    assert "[records]" in planned.stdout
