@@ -174,7 +174,10 @@ def test_mlflow_shows_the_whole_run(jobs: Jobs, undisturbed: FinishedRun, manife
         folder = tracking.download_artifacts(f"runs:/{run.info.run_id}/", tmp_path)
     for picture in ("confusion.png", "curves.png"):
         assert (folder / "plots" / picture).read_bytes().startswith(b"\x89PNG")
-    assert load_recipe(str(folder / "recipe.toml")) == load_recipe(str(undisturbed.recipe), ["train.refit=true"])
+    stored, given = load_recipe(str(folder / "recipe.toml")), load_recipe(str(undisturbed.recipe), ["train.refit=true"])
+    # What is stored names the labels that the data set brought.
+    assert stored.labels.resolved(manifest.taxonomy).words == tuple(undisturbed.result["words"])
+    assert stored == given.model_copy(update={"labels": stored.labels})
     assert not (folder / "projector").exists()
     with jobs.connected():
         model = MetricProjector.from_pretrained(tracking.download_artifacts(f"runs:/{run.info.run_id}/projector"))
