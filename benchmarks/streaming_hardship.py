@@ -120,9 +120,9 @@ def measure_mix() -> dict[str, Any]:
     return {
         "mix": {
             "weights": weights,
-            "records_of_each": [sum(part.group_rows) for part in sets],
+            "records_of_each": [part.num_rows for part in sets],
             "share_of_the_first_in_the_ledger": sum(not one.startswith(ONCE_PREFIX) for one in ids) / len(ids),
-            "times_a_small_set_record_comes": sum(one.startswith(ONCE_PREFIX) for one in ids) / sum(sets[1].group_rows),
+            "times_a_small_set_record_comes": sum(one.startswith(ONCE_PREFIX) for one in ids) / sets[1].num_rows,
             "ledger": result.ledger,
         }
     }

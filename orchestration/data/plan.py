@@ -394,9 +394,9 @@ class Plan:
         """Return the positions in the endless sequence of the records at `index` of a data set's endless order."""
         epochs, offsets = np.divmod(index, self.counts[source])
         found = np.empty_like(index)
-        for epoch in np.unique(epochs):
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):  # np.unique imports numpy.ma: 10 ms of a first window
             mask = epochs == epoch
-            found[mask] = self._mix(int(epoch)).positions(source, offsets[mask]) + epoch * self.samples_per_epoch
+            found[mask] = self._mix(epoch).positions(source, offsets[mask]) + epoch * self.samples_per_epoch
         return found
 
     def _index(self, source: int, position: int) -> int:
@@ -460,9 +460,10 @@ class Plan:
         positions = self._start(step) + np.arange(self.global_batch_size)
         epochs, offsets = np.divmod(positions, self.samples_per_epoch)
         found = np.full(self.global_batch_size, PADDING, dtype=np.int32)
-        for epoch in np.unique(epochs) if self.tail == "carry" else [self.epoch_of(step)]:
+        last = int(epochs[-1]) if self.tail == "carry" else int(epochs[0])
+        for epoch in range(int(epochs[0]), last + 1):
             mask = epochs == epoch
-            found[mask] = self._mix(int(epoch)).locate(offsets[mask])[0]
+            found[mask] = self._mix(epoch).locate(offsets[mask])[0]
         return found
 
     def refs(self, first_step: int, last_step: int) -> Refs:
