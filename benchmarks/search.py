@@ -85,8 +85,8 @@ def watching() -> Iterator[Watch]:
 def run_search(overrides: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """(recipe, result, figures) of the search."""
     from orchestration.recipe import load_recipe
-    from orchestration.search.records import read_records
-    from orchestration.search.tune import tune
+    from orchestration.search.search import tune
+    from orchestration.search.trials import read_records
 
     recipe = load_recipe("search-emotion6", [f"name=bench-search-{int(time.time())}", *overrides])
     print(f"search {recipe.name}", flush=True)
@@ -124,8 +124,7 @@ def run_search(overrides: list[str]) -> tuple[Any, Any, dict[str, Any]]:
 def time_jobs(recipe: Any) -> dict[str, Any]:
     """Seconds of one `tinyemo train` job for each of the first finished trials."""
     from orchestration.recipe import to_toml
-    from orchestration.search.records import SEEN, rank_trials, read_records
-    from orchestration.search.trial_recipes import trial_recipe
+    from orchestration.search.trials import SEEN, rank_trials, read_records, trial_recipe
 
     trials = rank_trials(read_records(f"{recipe.checkpoint.root}/{recipe.name}"), SEEN)[:NUM_JOBS]
     seconds = []
@@ -150,13 +149,13 @@ def published_schedule() -> dict[str, Any]:
     from orchestration.jobs.prepare import prepare
     from orchestration.recipe import load_recipe
     from orchestration.search.trial import FoldTraining, read_search_data, shared_rows
-    from orchestration.search.trial_recipes import trial_recipe
+    from orchestration.search.trials import trial_recipe
 
     torch.set_num_threads(1)
     recipe = load_recipe("emotion6", ["data.validation_fraction=0"])
     preparation = prepare(recipe)
     data = read_search_data(preparation, [label_embeddings(recipe.labels)])
-    test = shared_rows(preparation.manifest, preparation.selection.test)
+    test = shared_rows(preparation.record_set(preparation.selection.test), preparation.selection.test)
     figures: dict[str, Any] = {}
     for loss in PUBLISHED:
         found = []

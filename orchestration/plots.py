@@ -1,4 +1,8 @@
-"""PNG figures of a run. C classes. What stands behind a figure (random weights, generated data) goes into its title."""
+"""Draw the PNG figures of a run. C classes.
+
+A title says which data and weights a figure shows, for instance "random weights". Matplotlib is imported in functions;
+a bare Figure draws with Agg and leaves pyplot's global state alone.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,21 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-# Matplotlib is imported in functions; a bare Figure draws with Agg and leaves pyplot's global state alone.
 DOTS_PER_INCH = 200
 SMOOTHED_POINTS = 50
-
-
-class FamilyRow(TypedDict):
-    """One model size of a family."""
-
-    name: str
-    top1_accuracy: float
-    """On test, 0 to 1."""
-    num_samples: int
-    """Test images behind it."""
-    note: str
-    """What is not real about it, for instance "random weights"; empty where nothing is."""
+SHOWN_KNOBS = 8
 
 
 class SizeRow(TypedDict):
-    """One model size in one stage of a family's training."""
+    """One model size of a family."""
 
     name: str
     note: str
-    """What is not real about it, for instance "random weights"; empty where nothing is."""
+    """What is not real about it, for instance "random weights"; empty otherwise."""
     loss_against_tokens: list[tuple[float, float]]
-    """(tokens seen, nats a token), in the order of steps."""
+    """Tokens seen and loss (nats a token), in the order of steps; without any point there is no panel for it."""
     figures: dict[str, tuple[float, str]]
-    """A value and its unit by what it measures, for instance "tokens/s"; the same ones in every row."""
+    """A value and its unit for each quantity, for instance "tokens/s"; the same quantities in every row."""
 
 
 def plot_confusion(confusion: ArrayLike, words: Sequence[str], path: Path, title: str) -> None:
@@ -45,7 +37,7 @@ def plot_confusion(confusion: ArrayLike, words: Sequence[str], path: Path, title
         confusion: (C, C) counts, rows the true class; nested lists, an array or a tensor.
         words: C labels.
         path: of the PNG.
-        title: says what data and weights stand behind it.
+        title: says which data and weights the figure shows.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -78,9 +70,9 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: s
     A long curve is drawn pale, with its running mean over a fiftieth of its points on top.
 
     Args:
-        curves: (step, value) by `split/name`; a curve without points is left out.
+        curves: steps and values of each metric; one without points is left out.
         path: of the PNG.
-        title: says what data and weights stand behind it.
+        title: says which data and weights the figure shows.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -104,69 +96,42 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path, title: s
     _write(figure, path, title)
 
 
-def plot_family(rows: Sequence[FamilyRow], path: Path, title: str) -> None:
-    """Write test accuracy by model size; sizes with a note are hatched and carry it.
-
-    Args:
-        rows: in the order to draw them.
-        path: of the PNG.
-        title: says what data stands behind it.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    figure = Figure(figsize=(max(5.0, 1.45 * len(rows) + 1.2), 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for position, row in enumerate(rows):
-        hatch, colour = ("///", "#c9d7e8") if row["note"] else (None, "#2b6cb0")
-        axes.bar(position, row["top1_accuracy"], 0.62, color=colour, hatch=hatch, edgecolor="#1a3f66")
-        axes.annotate(
-            f"{100 * row['top1_accuracy']:.1f} %",
-            (position, row["top1_accuracy"]),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-        )
-    marks = [f"{row['name']}\n{row['note'] or 'real weights'}".replace(", ", ",\n") for row in rows]
-    axes.set_xticks(range(len(rows)), marks, fontsize=9)
-    axes.set_ylim(0, 1.05)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    counts = sorted({row["num_samples"] for row in rows})
-    axes.set_ylabel(f"test top-1 accuracy ({' / '.join(map(str, counts))} images)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    _write(figure, path, title)
-
-
 def plot_sizes(rows: Sequence[SizeRow], path: Path, title: str) -> None:
-    """Write loss against tokens with a curve a size, and a panel of bars for each figure; a note is in the legend.
+    """Write loss against tokens with one curve for each size, and a panel of bars for each figure.
+
+    Bars of a size with a note are hatched.
 
     Args:
         rows: in the order to draw them.
         path: of the PNG.
-        title: says what data stands behind it.
+        title: says which data the figure shows.
     """
     from matplotlib.figure import Figure
 
     names = list(rows[0]["figures"])
-    figure = Figure(figsize=(6.4 + 2.6 * len(names), 4.2), layout="constrained")
-    columns = figure.add_gridspec(1, 1 + len(names), width_ratios=[2.2, *[1.0] * len(names)])
-    curves = figure.add_subplot(columns[0])
-    for position, row in enumerate(rows):
-        tokens, losses = zip(*row["loss_against_tokens"], strict=True)
-        label = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
-        marker = "o" if len(losses) <= 20 else None
-        curves.plot(tokens, losses, color=f"C{position}", label=label, marker=marker, markersize=4)
-    curves.set_xlabel("tokens seen")
-    curves.set_ylabel("training loss (nats a token)")
-    curves.legend(frameon=False, fontsize=8)
-    for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(columns[place])
+    has_curves = any(row["loss_against_tokens"] for row in rows)
+    widths = [2.2] * has_curves + [1.0] * len(names)
+    width_inches = 6.4 + 2.6 * len(names) if has_curves else max(6.4, 2.6 * len(names))
+    figure = Figure(figsize=(width_inches, 4.2), layout="constrained")
+    panels = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
+    if has_curves:
+        curves = panels.pop(0)
+        for position, row in enumerate(rows):
+            tokens, losses = zip(*row["loss_against_tokens"], strict=True)
+            label = f"{row['name']}, {row['note']}" if row["note"] else row["name"]
+            marker = "o" if len(losses) <= 20 else None
+            curves.plot(tokens, losses, color=f"C{position}", label=label, marker=marker, markersize=4)
+        curves.set_xlabel("tokens seen")
+        curves.set_ylabel("training loss (nats a token)")
+        curves.legend(frameon=False, fontsize=8)
+    marks = [row["name"] if has_curves else f"{row['name']}\n{row['note']}".strip() for row in rows]
+    for axes, name in zip(panels, names, strict=True):
         values = [row["figures"][name][0] for row in rows]
         bars = axes.bar(range(len(rows)), values, 0.62, color=[f"C{position}" for position in range(len(rows))])
+        for bar, row in zip(bars, rows, strict=True):
+            bar.set(hatch="///" if row["note"] else None, alpha=0.6 if row["note"] else 1.0)
         axes.bar_label(bars, [f"{value:,.3g}" for value in values], padding=2, fontsize=8)
-        axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=35, ha="right", fontsize=8)
+        axes.set_xticks(range(len(rows)), marks, rotation=35, ha="right", fontsize=8)
         axes.set_title(f"{name} ({rows[0]['figures'][name][1]})", fontsize=9)
         axes.set_ylim(0, 1.15 * max(values) or 1.0)
     for axes in figure.axes:
@@ -174,6 +139,39 @@ def plot_sizes(rows: Sequence[SizeRow], path: Path, title: str) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path, title)
+
+
+def plot_search(study: Any, metric: str, folder: Path, title: str) -> None:
+    """Write Optuna's figures of a search: its best value so far, what each knob matters, and the values of its trials.
+
+    Args:
+        study: an `optuna.Study` with finished trials; of several objectives the first one is drawn.
+        metric: name of that objective.
+        folder: for best_so_far.png, importances.png and parallel_coordinates.png.
+        title: says which data and weights the figures show.
+    """
+    import warnings
+
+    import matplotlib.pyplot as plt
+    from optuna.importance import get_param_importances
+    from optuna.visualization import matplotlib as drawing
+
+    plt.switch_backend("agg")
+    what: dict[str, Any] = {"target_name": metric}
+    if len(study.directions) > 1:
+        what["target"] = lambda trial: trial.values[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls its figures experimental
+        drawn = {"best_so_far": drawing.plot_optimization_history(study, **what)}
+        if len({trial.values[0] for trial in study.trials}) > 1:
+            knobs = list(get_param_importances(study, target=what.get("target")))[:SHOWN_KNOBS]
+            drawn["importances"] = drawing.plot_param_importances(study, **what)
+            drawn["parallel_coordinates"] = drawing.plot_parallel_coordinate(study, knobs, **what)
+    for name, axes in drawn.items():
+        axes.figure.set_size_inches(11, 5)
+        axes.set_title(name.replace("_", " "))
+        _write(axes.figure, folder / f"{name}.png", title, bbox_inches="tight")
+        plt.close(axes.figure)
 
 
 def _draw_curve(axes: Any, points: list[tuple[int, float]], name: str, colour: str) -> None:
@@ -188,7 +186,7 @@ def _draw_curve(axes: Any, points: list[tuple[int, float]], name: str, colour: s
     axes.plot(steps[window - 1 :], smooth, color=colour, label=f"{name} (mean of {window})")
 
 
-def _write(figure: Any, path: Path, title: str) -> None:
+def _write(figure: Any, path: Path, title: str, **options: Any) -> None:
     figure.suptitle(title, fontsize=11, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(path, format="png", dpi=DOTS_PER_INCH, **options)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from orchestration.recipe import Recipe
-    from orchestration.search.records import TrialRecord
-    from orchestration.search.result import OnTrial, TuneResult
+    from orchestration.search.search import OnTrial, TuneResult
+    from orchestration.search.trials import TrialRecord
 
 NUM_TRIALS_SHOWN = 12
 
@@ -43,7 +43,7 @@ def tune(
     if dry_run:
         _show_plan(loaded, as_json)
         return
-    from orchestration.search import tune as job
+    from orchestration.search import search as job
 
     with _progress(loaded, is_quiet=as_json) as on_trial:
         result = job.tune(loaded, on_trial=on_trial, progress=None if as_json else line_printer())
@@ -51,31 +51,13 @@ def tune(
 
 
 def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from orchestration.jobs.prepare import prepare
-    from orchestration.search.check import check_search
-    from orchestration.search.trial_recipes import first_point
+    from orchestration.search.search import describe_search
 
-    preparation = prepare(recipe)
-    check_search(preparation)
-    config = recipe.search
-    streams = preparation.streams(num_epochs=recipe.train.num_epochs, is_refit=False, is_tested=False)
-    facts: dict[str, Any] = {
-        "name": recipe.name,
-        "data": preparation.manifest.uri,
-        "train_rows": streams["train"].num_records,
-        "validation_rows": len(preparation.selection.validation),
-        "folds": config.num_folds,
-        "trials": config.num_trials,
-        "epochs_at_most": recipe.train.num_epochs,
-        "optimizer_steps_at_most": config.num_trials * config.num_folds * streams["train"].num_steps,
-        "finalists": f"{config.num_finalists} with {config.finalist_seeds} seeds",
-        "winner_runs": config.winner_seeds,
-        "first_trial": first_point(recipe),
-    }
-    space = {knob: item.model_dump(mode="json", exclude_defaults=True) for knob, item in config.knobs().items()}
+    facts = describe_search(recipe)
     if as_json:
-        typer.echo(json.dumps(facts | {"space": space, "recipe": recipe.model_dump(mode="json")}, indent=1))
+        typer.echo(json.dumps(facts | {"recipe": recipe.model_dump(mode="json")}, indent=1))
         return
+    space = facts.pop("space")
     for key, value in facts.items():
         typer.echo(f"{key:26}{value}")
     for knob, item in space.items():
@@ -100,13 +82,13 @@ def _progress(recipe: Recipe, *, is_quiet: bool) -> Iterator[OnTrial | None]:
 
 
 def _best(records: list[TrialRecord]) -> float:
-    from orchestration.search.records import SEEN
+    from orchestration.search.trials import SEEN
 
     return max((record.value(SEEN) for record in records if record.ended == "finished"), default=0.0)
 
 
 def _line(records: list[TrialRecord], recipe: Recipe) -> str:
-    from orchestration.search.records import SEEN
+    from orchestration.search.trials import SEEN
 
     record = records[-1]
     ended = f"{record.ended} after {len(record.curve)} epochs" + (f": {record.error}" if record.error else "")
@@ -119,7 +101,7 @@ def _line(records: list[TrialRecord], recipe: Recipe) -> str:
 def _table(records: list[TrialRecord], recipe: Recipe) -> Table:
     from rich.table import Table
 
-    from orchestration.search.records import SEEN
+    from orchestration.search.trials import SEEN
 
     title = f"{recipe.name}: {len(records)} of {recipe.search.num_trials} trials, best val top-1 {_best(records):.4f}"
     table = Table(title=title)

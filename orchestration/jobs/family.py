@@ -13,7 +13,7 @@ from orchestration.jobs.checkpoints import read_curve
 from orchestration.jobs.job import train
 from orchestration.jobs.lease import finish_family, hold_lease, is_finished_family, run_folder
 from orchestration.jobs.results import ReasonerResult, Result, TrainResult, notes
-from orchestration.plots import FamilyRow, SizeRow, plot_family, plot_sizes
+from orchestration.plots import SizeRow, plot_sizes
 from orchestration.recipe import Recipe, parse_size, recipes_of_sizes, to_toml
 from orchestration.services import tracking
 from tinyemo.errors import AssetError, ConfigError
@@ -141,16 +141,27 @@ def _register_champion(run: tracking.RunHandle, recipe: Recipe, results: list[Tr
         champion.model,
         recipe.family.registered_name,
         tags={**facts, "chosen_by": "val/top1_accuracy"},
+        card=f"Projector of run [{champion.name}]({champion.run_url}), the best by validation of the family "
+        f"[{recipe.name}]({run.url}). Its files are in `{champion.model}`; the run holds its data and code.",
+    )
+    run.describe(
+        f"Projectors of {len(results)} sizes. The champion by validation is {champion.name}.",
+        {r.llm: f"test top-1 {100 * r.test_top1_accuracy:.1f} % {notes(r)} ([run]({r.run_url}))" for r in results},
     )
     run.set_tags({"champion": champion.llm, "champion.version": version})
-    rows: list[FamilyRow] = [
-        {"name": r.llm, "top1_accuracy": r.test_top1_accuracy, "num_samples": r.num_test, "note": notes(r)}
+    rows = [
+        SizeRow(
+            name=r.llm,
+            note=notes(r),
+            loss_against_tokens=[],
+            figures={"test top-1 accuracy": (100 * r.test_top1_accuracy, f"% of {r.num_test} images")},
+        )
         for r in results
     ]
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         (here / "recipe.toml").write_text(to_toml(recipe))
-        plot_family(rows, here / "family.png", f"{recipe.name}: test top-1 by size")
+        plot_sizes(rows, here / "family.png", f"{recipe.name}: test top-1 by size")
         run.log_artifact(here / "recipe.toml")
         run.log_artifact(here / "family.png", "plots")
     return {"champion": champion.name, "version": version}
@@ -161,6 +172,10 @@ def _compare_sizes(
 ) -> dict[str, Any]:
     """Log figures and plots of the reasoning models' sizes side by side."""
     rows = [size_row(child, size) for child, size in zip(children, recipe.family.sizes, strict=True)]
+    last = list(recipe.stages)[-1]
+    losses = [f"last {last}/loss {row['figures'].get(f'{last}/loss', float('nan')):.4f}" for row in rows]
+    table = {r.name: f"{loss} ([run]({r.run_url}))" for r, loss in zip(results, losses, strict=True)}
+    run.describe(f"Reasoning models of {len(results)} sizes, trained in the stages {', '.join(recipe.stages)}.", table)
     for row in rows:
         run.log_metrics({f"{row['size']}/{key}": value for key, value in row["figures"].items()})
     with tempfile.TemporaryDirectory() as name:

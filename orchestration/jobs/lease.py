@@ -8,7 +8,6 @@ conditional, so of two drivers exactly one wins.
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
@@ -65,7 +64,7 @@ class Holder(BaseModel, frozen=True):
         """Describe this process."""
         pid = os.getpid()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(user=_user(), host=socket.gethostname(), pid=pid, started_at=now, process=_process(pid))
+        return cls(user=tracking.user_name(), host=socket.gethostname(), pid=pid, started_at=now, process=_process(pid))
 
     def __str__(self) -> str:
         """Return `USER on HOST (pid 1, since TIME)`."""
@@ -291,13 +290,6 @@ def _read(folder: str) -> tuple[LeaseDocument | None, str | None]:
 
 def _name(folder: str) -> str:
     return folder.rstrip("/").rpartition("/")[2]
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without an entry in /etc/passwd
-        return str(os.getuid())
 
 
 def _process(pid: int) -> str:

@@ -392,5 +392,5 @@ def _log_evaluation(plan: ReasoningPlan, run: tracking.RunHandle, done: Done) ->
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / ROWS).write_text(json.dumps(rows, indent=1))
         (Path(name) / "evaluation.json").write_text(json.dumps(document, indent=1))
-        run.log_artifacts(Path(name), "evaluation")
+        run.log_artifact(Path(name), "evaluation")
     return document

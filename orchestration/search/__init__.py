@@ -1,1 +1,1 @@
-"""The search over a recipe with hundreds of trials in few processes."""
+"""Hyper-parameter search: hundreds of short trials in few processes, then runs of the winner."""

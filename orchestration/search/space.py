@@ -1,4 +1,4 @@
-"""What `tinyemo tune` searches: knobs of a recipe, each with its distribution, checked before anything starts."""
+"""The section [search] of a recipe: the knobs that `tinyemo tune` searches, each with its distribution."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ KNOBS: dict[str, Kind] = {
     "optimizer.weight_decay": "number",
     "train.global_batch_size": "integer",
 }
-"""Fields of a recipe that a search may set, with the kind of their values; all others are the same in every trial."""
+"""Fields of a recipe that a search may set, with the kind of their values; all others are equal in every trial."""
 
 
 class Distribution(Section):
-    """Where the values of one knob are drawn from: a list of choices, or a range with both ends in it."""
+    """Distribution of one knob's values: a list of choices, or a range that includes both ends."""
 
     choices: tuple[bool | int | float | str, ...] | None = Field(None, min_length=1)
     """Values, each as likely as the others at first."""
@@ -47,9 +47,9 @@ class Distribution(Section):
     high: int | float | None = None
     """Highest value of a range."""
     log: bool = False
-    """Whether a range is drawn from on a logarithmic scale."""
+    """True draws from a range on a logarithmic scale."""
     step: PositiveFloat | None = None
-    """Distance of neighbouring values of a range; none for any value, or 1 between integers."""
+    """Distance between neighbouring values of a range; without it any value, and 1 between integers."""
 
     @model_validator(mode="after")
     def _is_choices_or_range(self) -> Self:
@@ -59,7 +59,7 @@ class Distribution(Section):
         return self
 
     def problem(self) -> str | None:
-        """What makes this no distribution, in one line."""
+        """Return why this is not a distribution, in one line, or None."""
         low, high = self.low, self.high
         if self.choices is not None:
             problems = {
@@ -78,11 +78,11 @@ class Distribution(Section):
         return next((problem for problem, is_there in problems.items() if is_there), None)
 
     def examples(self) -> list[Any]:
-        """The values to check: each choice, or both ends of the range."""
+        """Return the values to check: each choice, or both ends of the range."""
         return list(self.choices) if self.choices is not None else [self.low, self.high]
 
     def holds(self, value: Any) -> bool:
-        """Whether it may draw this value."""
+        """Return True if a trial can have this value."""
         if self.choices is not None:
             return value in self.choices
         assert self.low is not None
@@ -91,7 +91,7 @@ class Distribution(Section):
         return bool(self.low <= value <= self.high and abs(steps - round(steps)) < 1e-9)
 
     def to_optuna(self, kind: Kind) -> Any:
-        """The same as an `optuna.distributions.BaseDistribution`."""
+        """Return the distribution as an `optuna.distributions.BaseDistribution`."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices is not None:
@@ -104,45 +104,45 @@ class Distribution(Section):
 
 
 Space = dict[str, dict[str, Distribution]]
-"""By section and field of the recipe."""
+"""Distributions by section and field of the recipe."""
 
 
 class SearchConfig(Section):
-    """What `tinyemo tune` tries and how it chooses."""
+    """The trials of `tinyemo tune` and how the winner is chosen."""
 
     space: Space = Field(default_factory=dict)
     """The knobs, as section.field = { choices = [...] } or { low, high, log, step }."""
     num_trials: PositiveInt = 100
     """Trials of the search, failed ones too. Each trains for train.num_epochs epochs at most."""
     seed: NonNegativeInt = 0
-    """Of the sampler. Each trial trains with train.seed."""
+    """Seed of the sampler. Each trial trains with train.seed."""
     num_startup_trials: PositiveInt = 20
     """Trials drawn at random before TPE has enough to learn from."""
     num_folds: PositiveInt = 1
-    """Validation folds that a trial trains and is judged on, by the mean: data.validation_fold and those after it."""
+    """Validation folds of a trial, which is judged by the mean over them: data.validation_fold and the next ones."""
     grace_epochs: PositiveInt = 1
     """Epochs before ASHA may stop a trial."""
     reduction_factor: float = Field(3, gt=1)
-    """ASHA lets the best 1 / reduction_factor of the trials at a rung go on."""
+    """At each rung ASHA lets the best 1 / reduction_factor of the trials continue."""
     cpus_per_trial: PositiveFloat = 0.5
-    """CPUs Ray sets aside for a trial; below 1 several share one."""
+    """CPUs that Ray reserves for a trial; below 1 several trials share one."""
     gpus_per_trial: NonNegativeFloat = 0
-    """GPUs Ray sets aside for a trial; below 1 several share one, 0 trains on CPUs."""
+    """GPUs that Ray reserves for a trial; below 1 several trials share one, 0 trains on CPUs."""
     max_concurrent: NonNegativeInt = 0
-    """Trials at a time at most; 0 for as many as the cluster has room for."""
+    """Largest number of trials at a time; 0 for as many as the cluster could have room for."""
     objective: Literal["seen", "seen_and_zero_shot"] = "seen"
-    """seen: validation accuracy. seen_and_zero_shot: also that on the labels of data.leave_out, two objectives."""
+    """seen: validation accuracy. seen_and_zero_shot: also the accuracy on the labels of data.leave_out."""
     num_finalists: NonNegativeInt = 5
-    """Best finished trials that train again with other seeds before one is chosen; 0 takes the best trial."""
+    """Number of finished trials that train again with other seeds before one is chosen; 0 takes the best trial."""
     finalist_seeds: PositiveInt = 3
     """Seeds of each finalist."""
     winner_seeds: PositiveInt = 5
-    """Runs of `tinyemo train` with the winner, seeds train.seed and those after it; the test is read by these alone."""
+    """Runs of `tinyemo train` with the winner, from seed train.seed on; only these runs read the test split."""
     registered_name: str = "tinyemo-projector-tuned"
     """Registered model in MLflow whose alias champion points to the winner."""
 
     def knobs(self) -> dict[str, Distribution]:
-        """By dotted name, in the order of KNOBS."""
+        """Return the distributions by dotted name, in the order of KNOBS."""
         return {
             knob: self.space[section][field]
             for knob in KNOBS
@@ -151,12 +151,12 @@ class SearchConfig(Section):
         }
 
     def to_optuna(self) -> dict[str, Any]:
-        """Optuna's distributions by dotted name."""
+        """Return Optuna's distributions by dotted name."""
         return {knob: distribution.to_optuna(KNOBS[knob]) for knob, distribution in self.knobs().items()}
 
 
 def space_problems(space: Space) -> list[str]:
-    """What is wrong with the space itself, one line a knob; whether a recipe takes the values is checked with it."""
+    """Return the problems of the space itself, one line for each knob; a recipe's own checks come later."""
     problems = []
     for section, fields in space.items():
         for field, distribution in fields.items():

@@ -1,8 +1,7 @@
-"""One trial of a search, in memory: the training of `tinyemo train` without DeepSpeed, Ray Data and checkpoints.
+"""Train one trial of a search in memory: `tinyemo train` without DeepSpeed, Ray Data and checkpoints.
 
-It takes the same samples in the same order, the same objective, projector, optimizer and schedule, so a trial's losses
-are those of a run of the same recipe (a test holds the two curves side by side). N rows, d encoder width, T texts,
-D width.
+A trial takes the same samples in the same order, with the same objective, projector, optimizer and schedule, so its
+losses are those of a run of the same recipe; a test compares the two curves. N rows, d encoder width, T texts, D width.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from orchestration.data.sets import RecordSet, features_array, read_records
 from orchestration.jobs.prepare import Preparation
 from orchestration.jobs.projector import build_projector, objective_of
 from orchestration.recipe import Recipe
-from orchestration.search.records import SEEN, ZERO_SHOT
+from orchestration.search.trials import SEEN, ZERO_SHOT, trial_recipe
 from orchestration.services.engine import build_optimizer, build_schedule
 from tinyemo.errors import TrainingError
 from tinyemo.label_embeddings import LabelEmbeddings
 
 REPORTED_TEMPERATURE = 0.07
-"""Of `val/cross_entropy`, as in `tinyemo train`."""
+"""Temperature of `val/cross_entropy`, as in `tinyemo train`."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class SharedRows:
 
     Attributes:
         features: (N, d) float16 or float32.
-        labels: (N,) int64, index into the words.
-        id_hash: (N,) uint64.
+        labels: (N,) index into the words.
+        id_hash: (N,) hashes of the rows' ids.
         group: (N,) int64, row group that holds each row in storage; the order of a run depends on it.
     """
 
@@ -50,21 +49,21 @@ class SharedRows:
     group: NDArray[np.int64]
 
     def split_rows(self) -> SplitRows:
-        """The same rows for `carve_validation`; `row` is the place in `features`."""
+        """Return the rows as `carve_validation` takes them; `row` is the place in `features`."""
         places = np.arange(len(self.labels), dtype=np.int32)
         return SplitRows(np.zeros_like(places), places, self.labels, self.id_hash)
 
 
 @dataclass(frozen=True)
 class SearchData:
-    """All that the trials of a search read, put into the object store once.
+    """Everything that the trials of a search read, put into the object store once.
 
     Attributes:
-        train: of the train split; the test split is not here.
-        planned: the set that those rows are read from, as a plan sees it.
-        left_out: train rows of the labels that data.leave_out names, or None.
-        label_vectors: by template: (T, D) float32, not normalised.
-        label_names: what stands beside those vectors: words, llm, llm_revision, llm_weights.
+        train: rows of the train split; the test split is not here.
+        planned: the record set of those rows, as a plan takes it.
+        left_out: train rows of the labels that data.leave_out names.
+        label_vectors: for each template, (T, D) float32, not normalised.
+        label_names: the other fields of the label embeddings: words, llm, llm_revision, llm_weights.
     """
 
     words: tuple[str, ...]
@@ -75,23 +74,17 @@ class SearchData:
     label_vectors: dict[str, NDArray[np.float32]]
     label_names: dict[str, Any]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all arrays."""
-        features = [rows.features for rows in (self.train, self.left_out) if rows is not None]
-        return sum(array.nbytes for array in (*features, *self.label_vectors.values()))
-
     def labels(self, template: str) -> LabelEmbeddings:
-        """The label embeddings of a template."""
+        """Return the label embeddings of a template."""
         with warnings.catch_warnings():
-            # The store is read-only and torch cannot say so; nobody writes to these vectors.
+            # Arrays in the object store are read-only, which a tensor cannot be; nothing writes to these vectors.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             vectors = torch.from_numpy(self.label_vectors[template])
         return LabelEmbeddings(vectors=vectors, template=template, **self.label_names)
 
 
 def shared_rows(record_set: RecordSet, rows: SplitRows) -> SharedRows:
-    """Read the record set, whose labels `rows` says, from S3."""
+    """Read the features of a record set from S3; `rows` holds its labels and ids."""
     numbers = np.arange(record_set.num_rows)
     features = features_array(read_records(record_set, numbers, ["features"]))
     group = record_set.stored_groups.groups_of(record_set.stored_rows(numbers))
@@ -117,10 +110,10 @@ def read_search_data(preparation: Preparation, labels: list[LabelEmbeddings]) ->
 
 
 class FoldTraining:
-    """A projector in training on all rows but one validation fold.
+    """A projector that is trained on all rows but one validation fold.
 
     Attributes:
-        curve: (step, loss) of every optimizer step so far.
+        curve: step and loss of every optimizer step so far.
     """
 
     def __init__(self, recipe: Recipe, data: SearchData, device: torch.device) -> None:
@@ -166,7 +159,7 @@ class FoldTraining:
         return torch.from_numpy(rows.astype(np.float32)).to(self.device)
 
     def validate(self) -> dict[str, float]:
-        """Accuracy and cross-entropy (nats) on the fold; zero-shot accuracy where labels are left out."""
+        """Return accuracy and cross-entropy (nats) on the fold, and zero-shot accuracy where labels are left out."""
         place = self.validation.row
         metrics = {}
         if len(place):
@@ -182,12 +175,12 @@ class FoldTraining:
         return metrics
 
     def accuracy(self, rows: SharedRows, words: tuple[str, ...]) -> float:
-        """Share of the rows whose nearest word is their own."""
+        """Return the share of the rows whose nearest word is their label."""
         return _accuracy(self._scores(rows.features, words), torch.tensor(rows.labels))
 
     @torch.no_grad()
     def _scores(self, features: NDArray[Any], words: tuple[str, ...]) -> Tensor:
-        """(N, len(words)) cosines on CPU."""
+        """Return the (N, len(words)) cosines, on the CPU."""
         self.model.eval()
         embeds = self.model(torch.from_numpy(features.astype(np.float32)).to(self.device))
         texts = F.normalize(self.labels.select(words), dim=-1).to(self.device)
@@ -209,11 +202,11 @@ class PackedTrial:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every epoch is done."""
+        """True once every epoch is done."""
         return self.epoch >= self.num_epochs
 
     def train_epoch(self) -> dict[str, float]:
-        """Train every fold for one epoch; the means of their metrics.
+        """Train every fold for one epoch and return the means of their metrics.
 
         Raises:
             TrainingError: a loss is not finite.
@@ -231,3 +224,18 @@ class PackedTrial:
 def _at_fold(recipe: Recipe, fold: int) -> Recipe:
     data = recipe.data.model_copy(update={"validation_fold": recipe.data.validation_fold + fold})
     return recipe.model_copy(update={"data": data})
+
+
+def final_accuracy(recipe: Recipe, params: dict[str, Any], seed: int, data: SearchData) -> float:
+    """Return the validation accuracy after the last epoch, as a mean over all folds, the search's and the others."""
+    torch.set_num_threads(max(1, int(recipe.search.cpus_per_trial)))
+    trial = PackedTrial(
+        trial_recipe(recipe, {**params, "data.validation_fold": 0}, seed=seed),
+        data,
+        num_folds=int(1 / recipe.data.validation_fraction + 1e-9),
+        device="cuda" if recipe.search.gpus_per_trial else "cpu",
+    )
+    metrics: dict[str, float] = {}
+    while not trial.is_finished:
+        metrics = trial.train_epoch()
+    return metrics[SEEN]

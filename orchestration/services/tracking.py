@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 # MLflow's limits; a test compares them.
 METRICS_PER_REQUEST, TEXTS_PER_REQUEST = 1000, 100
 PARAM_CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 6000, 8000, 36
+MAX_RUNS = 50_000
 HEALTH_TIMEOUT_S = 5.0
 # MLflow's defaults retry for four minutes; these give up after about ten seconds. A variable that the user set wins.
 CLIENT_DEFAULTS = {
@@ -60,6 +61,7 @@ CLIENT_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     # Metrics in the queue of a driver that died would be lost.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
@@ -133,8 +135,7 @@ def _client(action: str) -> Iterator[Any]:
 
 @lru_cache(maxsize=4)
 def _cached_client(uri: str) -> Any:
-    for variable, value in CLIENT_DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update(CLIENT_DEFAULTS | dict(os.environ))
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -153,18 +154,21 @@ def _tolerated(error_code: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What MLflow knows about a run."""
+    """What MLflow knows about a run.
+
+    Attributes:
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        metrics: the last value of each metric.
+        url: address of the run's page in the UI.
+    """
 
     run_id: str
     name: str
     status: str
-    """RUNNING, FINISHED, FAILED or KILLED."""
     params: dict[str, str]
     tags: dict[str, str]
     metrics: dict[str, float]
-    """The last value of each metric."""
     url: str
-    """Address of the run's page in the UI."""
     experiment_id: str
 
 
@@ -224,14 +228,17 @@ class RunLogger:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """A run that the driver has open."""
+    """A run that the driver has open.
+
+    Attributes:
+        url: address of the run's page in the UI.
+        logger: writes metrics into this run; can be sent to another process.
+    """
 
     run_id: str
     url: str
-    """Address of the run's page in the UI."""
     experiment_id: str
     logger: RunLogger
-    """Writes metrics into this run; can be sent to another process."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log the metrics of one step."""
@@ -261,26 +268,16 @@ class RunHandle:
             client.log_inputs(self.run_id, datasets=[entry])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file under `folder` of the run's artifacts.
+        """Store a file, or all files of a folder, under `folder` of the run's artifacts.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file or folder.
         """
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(path)
         with _client(f"store {path.name}") as client:
-            client.log_artifact(self.run_id, str(path), folder)
-
-    def log_artifacts(self, folder: Path, artifact_path: str) -> None:
-        """Store all files of `folder` under `artifact_path` of the run's artifacts.
-
-        Raises:
-            NotADirectoryError: there is no such folder.
-        """
-        if not folder.is_dir():
-            raise NotADirectoryError(folder)
-        with _client(f"store the folder {folder.name}") as client:
-            client.log_artifacts(self.run_id, str(folder), artifact_path)
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(self.run_id, str(path), folder)
 
     def refer(self, artifact_path: str, uri: str) -> None:
         """Let `runs:/RUN/artifact_path` mean the S3 folder `uri`, without storing its files a second time.
@@ -324,7 +321,7 @@ class RunHandle:
                 if client.get_logged_model(output.model_id).name == name:
                     return str(output.model_id)
             texts = flatten(dict(params or {}))
-            tags = {"uri": uri, "mlflow.user": _user(), "mlflow.note.content": f"The files are in `{uri}`."}
+            tags = {"uri": uri, "mlflow.user": user_name(), "mlflow.note.content": f"The files are in `{uri}`."}
             model = client.create_logged_model(self.experiment_id, name, self.run_id, tags, texts, "tinyemo")
             place = (int(time.time() * 1000), step, model.model_id, dataset[0], dataset[1][:DIGEST_CHARACTERS])
             entries = [Metric(key, float(value), *place, self.run_id) for key, value in metrics.items()]
@@ -399,7 +396,7 @@ def open_run(
         info = opened[0]
         yield RunHandle(info.run_id, info.url, info.experiment_id, RunLogger(info.run_id))
     except LostLeaseError:
-        raise  # the run is another driver's now
+        raise  # the run belongs to another driver now
     except BaseException as error:
         # SystemExit too: Ray turns SIGTERM into it. GeneratorExit comes where a KeyboardInterrupt left the block.
         is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
@@ -464,7 +461,7 @@ def delete_run(run_id: str) -> None:
 
 
 def find_runs(
-    condition: str = "", *, experiment: str | None = None, parent_run_id: str | None = None, limit: int = 50_000
+    condition: str = "", *, experiment: str | None = None, parent_run_id: str | None = None, limit: int = MAX_RUNS
 ) -> list[RunInfo]:
     """Return runs that are not deleted, the newest first.
 
@@ -472,27 +469,19 @@ def find_runs(
         condition: MLflow's filter, for instance "tags.kind = 'trial'".
         experiment: name of the only one to look in; None looks in all.
         parent_run_id: look only among the children of this run.
-        limit: the most runs to return.
+        limit: the most runs to return, at most MAX_RUNS.
     """
     require_server()
     if parent_run_id is not None:
         parent = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
         condition = f"{condition} and {parent}" if condition else parent
-    runs: list[Any] = []
     with _client("look for runs") as client:
         if experiment is None:
             experiments = client.search_experiments()
         else:
             experiments = [found] if (found := client.get_experiment_by_name(experiment)) else []
-        ids, order, page = [item.experiment_id for item in experiments], ["attributes.start_time DESC"], None
-        while ids:
-            page = client.search_runs(
-                ids, condition, max_results=min(limit - len(runs), 1000), order_by=order,
-                page_token=page.token if page else None,
-            )  # fmt: skip
-            runs += page
-            if not page.token or len(runs) >= limit:
-                break
+        ids, order = [item.experiment_id for item in experiments], ["attributes.start_time DESC"]
+        runs = client.search_runs(ids, condition, max_results=limit, order_by=order) if ids else []
     return [_info(run) for run in runs]
 
 
@@ -696,18 +685,19 @@ def identity_tags() -> dict[str, str]:
     """Return tags that say who runs which code; the UI has columns for the names that begin with `mlflow.`."""
     git = git_state()
     return git | {
-        "mlflow.user": _user(),
+        "mlflow.user": user_name(),
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": git["git_commit"],
     }
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return the name of the user whose process this is."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return f"uid {os.getuid()}"
+    except (KeyError, OSError):  # a container's user without an entry in /etc/passwd
+        return str(os.getuid())
 
 
 def _create(client: Any, experiment: str, name: str, tags: dict[str, str]) -> RunInfo:

@@ -7,20 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from matplotlib.image import imread
 
-from orchestration.plots import FamilyRow, SizeRow, plot_confusion, plot_curves, plot_family, plot_sizes
+from orchestration.plots import SizeRow, plot_confusion, plot_curves, plot_search, plot_sizes
 
 EKMAN = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
-FAMILY = [
-    FamilyRow(name="smollm2-135m", top1_accuracy=0.742, num_samples=306, note=""),
-    FamilyRow(name="tinyemo-700m", top1_accuracy=0.731, num_samples=306, note="random weights"),
-    FamilyRow(name="tinyemo-880m", top1_accuracy=0.735, num_samples=306, note="random weights"),
-    FamilyRow(name="tinyemo-1.5b", top1_accuracy=0.728, num_samples=306, note="random weights"),
-    FamilyRow(name="tinyemo-3.2b", top1_accuracy=0.737, num_samples=306, note="random weights"),
-]
+NOTES = {
+    "smollm2-135m": "", "tinyemo-700m": "random weights", "tinyemo-880m": "random weights",
+    "tinyemo-1.5b": "random weights", "tinyemo-3.2b": "random weights",
+}  # fmt: skip
 
 
 def drawn(path: Path) -> tuple[int, int]:
@@ -64,14 +62,36 @@ def test_a_curve_that_is_not_finite_is_still_drawn(tmp_path):
 
 
 def test_random_weights_look_different_from_real_ones(tmp_path):
-    plot_family(FAMILY, tmp_path / "family.png", "Projector family on Emotion6 (random weights where marked)")
-    plot_family(
-        [FamilyRow(**(row | {"note": ""})) for row in FAMILY],
-        tmp_path / "real.png",
-        "Projector family on Emotion6 (random weights where marked)",
-    )
+    rows = [
+        SizeRow(
+            name=name, note=note, loss_against_tokens=[], figures={"test top-1": (74.0 - number, "% of 306 images")}
+        )
+        for number, (name, note) in enumerate(NOTES.items())
+    ]
+    title = "Projector family on Emotion6 (random weights where marked)"
+    plot_sizes(rows, tmp_path / "family.png", title)
+    plot_sizes([SizeRow(**(row | {"note": ""})) for row in rows], tmp_path / "real.png", title)
     assert drawn(tmp_path / "family.png") == drawn(tmp_path / "real.png")
     assert abs(imread(tmp_path / "family.png") - imread(tmp_path / "real.png")).mean() > 0.01
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2])
+def test_a_search_shows_its_best_its_knobs_and_its_trials(tmp_path, num_objectives):
+    study = optuna.create_study(directions=["maximize"] * num_objectives)
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("dropout", "rate")}
+
+    def add(dropout: float, rate: float) -> None:
+        params, values = {"dropout": dropout, "rate": rate}, [dropout] * num_objectives
+        study.add_trial(optuna.create_trial(params=params, distributions=space, values=values))
+
+    add(0.5, 0.5)
+    plot_search(study, "val/top1_accuracy", tmp_path / "one", "one trial")
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"best_so_far.png"}
+    for number in range(8):
+        add(number / 8, (5 * number % 8) / 8)
+    plot_search(study, "val/top1_accuracy", tmp_path, "search-emotion6: 9 trials, generated data")
+    for name in ("best_so_far", "importances", "parallel_coordinates"):
+        assert min(drawn(tmp_path / f"{name}.png")) > 800
 
 
 def test_plots_leave_pyplot_alone():
@@ -86,12 +106,12 @@ def test_plots_leave_pyplot_alone():
 def test_sizes_stand_side_by_side(tmp_path, count):
     rows = [
         SizeRow(
-            name=row["name"],
-            note=row["note"],
+            name=name,
+            note=note,
             loss_against_tokens=[(1000.0 * step, 5 / step) for step in range(1, 4 + 40 * (position % 2))],
             figures={"speed": (200.0 / (position + 1), "tokens/s"), "memory": (2.0 * position, "GiB a rank, peak")},
         )
-        for position, row in enumerate(FAMILY[:count])
+        for position, (name, note) in enumerate(list(NOTES.items())[:count])
     ]
     plot_sizes(rows, tmp_path / "sizes.png", "family, finetune: answers templates")
     assert drawn(tmp_path / "sizes.png") == (840, 2320), "a panel for the loss and one for each figure"

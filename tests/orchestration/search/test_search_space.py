@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from orchestration.recipe import Recipe, load_recipe, parse_recipe, to_toml
 from orchestration.search.space import KNOBS, Distribution
-from orchestration.search.trial_recipes import first_point, trial_recipe
+from orchestration.search.trials import first_point, trial_recipe
 from tinyemo.errors import ConfigError
 
 

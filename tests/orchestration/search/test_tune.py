@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -24,21 +25,21 @@ from orchestration.data.batch import Batch
 from orchestration.data.plan import PlannedSet, RowGroups
 from orchestration.jobs.projector import build_projector, objective_of, train_batch
 from orchestration.recipe import Recipe, load_recipe, parse_recipe
-from orchestration.search.records import (
+from orchestration.search.trial import FoldTraining, PackedTrial, SearchData, SharedRows
+from orchestration.search.trials import (
     SEEN,
     ZERO_SHOT,
     TrialRecord,
-    pareto_front,
+    best_trials,
+    first_point,
     rank_trials,
     read_records,
     write_record,
 )
-from orchestration.search.run import RecordEnds, _scheduler, _searcher
-from orchestration.search.trial import FoldTraining, PackedTrial, SearchData, SharedRows
-from orchestration.search.trial_recipes import first_point
+from orchestration.search.tune import RecordEnds, _scheduler, _searcher, num_slots, run_trials
 from orchestration.services import storage
 from orchestration.services.engine import build_engine
-from tinyemo.errors import TrainingError
+from tinyemo.errors import ConfigError, TrainingError
 from tinyemo.label_embeddings import known_words
 from tinyemo.taxonomies import TAXONOMIES
 
@@ -172,7 +173,7 @@ def test_the_best_is_a_finished_trial() -> None:
 
 def test_the_front_holds_what_no_other_trial_beats() -> None:
     records = [record(0, 0.7, zero_shot=0.9), record(1, 0.8, zero_shot=0.8), record(2, 0.75, zero_shot=0.7)]
-    assert [r.number for r in pareto_front(records, [SEEN, ZERO_SHOT])] == [1, 0]
+    assert [r.number for r in best_trials(records, [SEEN, ZERO_SHOT])] == [1, 0]
 
 
 def test_records_come_back_from_s3(s3_root: str) -> None:
@@ -233,6 +234,31 @@ def test_two_objectives_reach_the_sampler_and_their_records_too() -> None:
     searcher.on_trial_result("new", {SEEN: 0.5, ZERO_SHOT: 0.6, "training_iteration": 1})
     searcher.on_trial_complete("new", {SEEN: 0.5, ZERO_SHOT: 0.6, "training_iteration": 1})
     assert [trial.values for trial in searcher._ot_study.trials] == [[0.7, 0.4], [0.5, 0.6]]
+
+
+def test_a_search_leaves_no_s3_key_in_rays_logs(cluster: str, s3_root: str) -> None:
+    """Ray Tune would copy the driver's keys into the actors' runtime environment, which Ray logs."""
+    import ray
+
+    search = {"num_trials": 3, "space": {"projector": {"dropout": {"low": 0.0, "high": 0.5}}}}
+    chosen = recipe(train={"global_batch_size": 16, "num_epochs": 1}, search=search)
+    run_trials(chosen, search_data(), [], first_point(chosen), lambda record: write_record(s3_root, record))
+    assert [item.ended for item in read_records(s3_root)] == ["finished"] * 3  # written with the driver's keys
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    session = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1]
+    texts = {path: path.read_bytes() for path in (session / "logs").rglob("*") if path.is_file()}
+    assert any(b"PL_DISABLE_FORK" in text for text in texts.values()), "runtime environments are logged elsewhere now"
+    for form in (secret.encode(), base64.b64encode(secret.encode())):
+        assert [str(path) for path, text in texts.items() if form in text] == []
+
+
+def test_a_trial_that_fits_no_node_is_one_line(cluster: str) -> None:
+    chosen = recipe(search={"cpus_per_trial": 64, "space": {"projector": {"dropout": {"low": 0.0, "high": 0.5}}}})
+    with pytest.raises(ConfigError, match=r"search\.cpus_per_trial: a trial of x needs") as caught:
+        num_slots(chosen)
+    assert "\n" not in str(caught.value)
+    assert num_slots(recipe(search={"cpus_per_trial": 0.5, "num_trials": 9})) == 4
+    assert num_slots(recipe(search={"cpus_per_trial": 0.5, "max_concurrent": 3, "num_trials": 9})) == 3
 
 
 SEARCH = """

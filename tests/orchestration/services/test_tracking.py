@@ -9,12 +9,9 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,51 +34,6 @@ from tinyemo.errors import AssetError, PlatformError, TrainingError
 
 REPOSITORY = Path(__file__).parents[3]
 EXPERIMENT = "tracking tests"
-START_TIMEOUT_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real MLflow server: SQLite, artifacts in a folder through the server's proxy."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--serve-artifacts"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--allowed-hosts", f"127.0.0.1:{port}"]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not answers(address):
-            assert server.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "the MLflow server did not start"
-            time.sleep(0.25)
-        yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.fixture
-def server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    return mlflow_server
 
 
 def client(server: str):
@@ -272,7 +224,7 @@ def test_a_long_curve_arrives_whole_also_from_another_process(server):
 
 
 @pytest.mark.timeout(120)
-def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, monkeypatch, caplog):
+def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, silent_port, monkeypatch, caplog):
     """The server is away for one of three reports: S3 has the whole curve, MLflow too at the end, no step twice."""
     from orchestration.jobs.attempts import ReportCallback, run_stage
 
@@ -283,7 +235,7 @@ def test_what_mlflow_missed_of_a_phase_is_sent_at_its_end(server, s3_root, monke
             report = {"step": step, "num_steps": 6, "is_final": step == 6, "curve": curve}
             with monkeypatch.context() as patch:
                 if step == 4:
-                    patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+                    patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent_port}")
                 callback.after_report(None, [report], SimpleNamespace(path="tests/checkpoint"))
         assert "give the same command again once it answers" in caplog.text
         assert len(client(server).get_metric_history(run.run_id, "refit/loss")) == 4
@@ -407,7 +359,7 @@ def test_the_champion_comes_back_byte_by_byte(server, tmp_path):
         (folder / "config.json").write_text(json.dumps({"seed": seed}))
         (folder / "projector.safetensors").write_bytes(bytes([seed]) * 100_000)
         with open_run(EXPERIMENT, f"projector {seed}", params={}, tags={}) as run:
-            run.log_artifacts(folder, "projector")
+            run.log_artifact(folder, "projector")
             run.log_artifact(folder / "config.json", "recipe")
             versions.append(register(run.run_id, "projector", "tinyemo-test", tags={"data": "real"}))
         folders.append(folder)
@@ -451,17 +403,15 @@ def test_a_run_without_the_artifact_registers_nothing(server, tmp_path):
             register(run.run_id, "projector", "never-registered", tags={})
         with pytest.raises(FileNotFoundError):
             run.log_artifact(tmp_path / "none.json")
-        with pytest.raises(NotADirectoryError):
-            run.log_artifacts(tmp_path / "none", "projector")
     with pytest.raises(AssetError):
         download_artifacts(f"runs:/{run.run_id}/projector")
     assert not client(server).search_registered_models("name = 'never-registered'")
 
 
 @pytest.mark.timeout(60)  # a hang, not a timing: MLflow alone retries for minutes
-def test_a_server_that_is_gone_is_one_line(monkeypatch):
+def test_a_server_that_is_gone_is_one_line(silent_port, monkeypatch):
     """The password of the address is never shown."""
-    port = free_port()
+    port = silent_port
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
     with pytest.raises(PlatformError) as caught, open_run(EXPERIMENT, "never", params={}, tags={}):
         pass
@@ -471,14 +421,14 @@ def test_a_server_that_is_gone_is_one_line(monkeypatch):
 
 
 @pytest.mark.timeout(120)
-def test_a_server_that_goes_away_under_a_run_hides_no_error(server, monkeypatch, caplog):
+def test_a_server_that_goes_away_under_a_run_hides_no_error(server, silent_port, monkeypatch, caplog):
     """Writing fails in one line after a few retries; the error of the block comes through where closing fails too."""
     with (  # noqa: PT012  # the address changes within the run
         caplog.at_level(logging.ERROR),
         pytest.raises(PlatformError, match="failed to log metrics") as caught,
         open_run(EXPERIMENT, "cut off", params={}, tags={}) as run,
     ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent_port}")
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert "\n" not in str(caught.value)
     assert "may still be shown as RUNNING" in caplog.text

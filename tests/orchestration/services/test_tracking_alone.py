@@ -53,12 +53,14 @@ def test_a_stranger_on_the_port_is_no_mlflow(monkeypatch):
 
 
 def test_the_limits_are_mlflows():
+    from mlflow.store.tracking import SEARCH_MAX_RESULTS_THRESHOLD
     from mlflow.utils import validation
 
     assert tracking.METRICS_PER_REQUEST == validation.MAX_METRICS_PER_BATCH
     assert tracking.TEXTS_PER_REQUEST == validation.MAX_PARAMS_TAGS_PER_BATCH
     assert tracking.PARAM_CHARACTERS == validation.MAX_PARAM_VAL_LENGTH
     assert tracking.TAG_CHARACTERS == validation.MAX_TAG_VAL_LENGTH
+    assert tracking.MAX_RUNS == SEARCH_MAX_RESULTS_THRESHOLD
     assert tracking.DIGEST_CHARACTERS == validation.MAX_DATASET_DIGEST_SIZE
 
 
