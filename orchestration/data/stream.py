@@ -83,6 +83,16 @@ class Stream:
         """Records of all its sets."""
         return sum(part.num_rows for part in self.sets)
 
+    @property
+    def reader_share(self) -> float:
+        """Part of a reader that a reading task asks for.
+
+        Tasks of a training hold theirs while its ranks evaluate, so they leave a rest that an evaluation always finds:
+        two jobs that evaluate at the same time would wait for each other's readers for ever.
+        """
+        is_evaluation = self.plan.tail == "pad" and self.plan.num_epochs == 1
+        return 0.001 if is_evaluation else 0.97
+
     def epoch_ends(self) -> list[int]:
         """Return the numbers of steps after which an epoch is done; the end of the run is the last."""
         return self.plan.epoch_ends()
@@ -145,7 +155,7 @@ class Stream:
         return listed.map_batches(
             read,
             compute=ray.data.TaskPoolStrategy(size=self.num_readers),
-            resources={"reader": 1} if has_readers else None,
+            resources={"reader": self.reader_share} if has_readers else None,
             **_ONE_ROW,
         )
 

@@ -333,6 +333,16 @@ def test_anothers_image_is_decided_over_all_records(dataset: str, s3_root: str) 
     assert make_plan(dataset).held_out("test", 4) is None
 
 
+def test_an_evaluation_finds_a_reader_where_trainings_hold_all(dataset: str) -> None:
+    """As many training tasks as fit on a node with N readers leave room for the tasks of 20 evaluations."""
+    training = make_plan(dataset)
+    evaluation = training.held_out("train", 4)
+    assert evaluation is not None
+    for readers in range(1, 33):
+        held = int(readers / training.reader_share) * training.reader_share
+        assert readers - held > 20 * evaluation.reader_share
+
+
 def test_a_mix_reads_both_data_sets(dataset: str, s3_root: str) -> None:
     write_records(s3_root, [record(number, "q") for number in range(40)], name="fine", rows_per_shard=16)
     plan = make_plan(dataset, f"{s3_root}/fine", weights=(1.0, 1.0), epochs=1)
