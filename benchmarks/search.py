@@ -1,4 +1,4 @@
-"""What a search costs and what its winner is worth: `python benchmarks/search.py [--set section.key=value ...]`.
+"""Measure the cost of a search and its winner: `python benchmarks/search.py [--set section.key=value ...]`.
 
 Needs the platform with Emotion6 ingested (`make demo`). It runs `search-emotion6` under a new name: a hundred trials on
 shared features, the finalists, and the winner through `tinyemo train` over 5 seeds; then 3 trials of it as one
@@ -57,7 +57,7 @@ class Watch:
 
 
 def _search_mib() -> float:
-    """Proportional memory of this process and of the worker processes of Ray that run or may run trials."""
+    """Return the proportional memory (MiB) of this process and of Ray's worker processes that may run trials."""
     total = 0
     for process in [psutil.Process(), *psutil.process_iter()]:
         try:
@@ -71,7 +71,7 @@ def _search_mib() -> float:
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Memory samples of the block."""
+    """Sample memory while the block runs."""
     watch = Watch()
     thread = threading.Thread(target=watch.run, daemon=True)
     thread.start()
@@ -83,7 +83,7 @@ def watching() -> Iterator[Watch]:
 
 
 def run_search(overrides: list[str]) -> tuple[Any, Any, dict[str, Any]]:
-    """(recipe, result, figures) of the search."""
+    """Run the search; return its recipe, result and figures."""
     from orchestration.recipe import load_recipe
     from orchestration.search.search import tune
     from orchestration.search.trials import read_records
@@ -122,7 +122,7 @@ def run_search(overrides: list[str]) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def time_jobs(recipe: Any) -> dict[str, Any]:
-    """Seconds of one `tinyemo train` job for each of the first finished trials."""
+    """Time one `tinyemo train` job for each of the first finished trials, in seconds."""
     from orchestration.recipe import to_toml
     from orchestration.search.trials import SEEN, rank_trials, read_records, trial_recipe
 
@@ -144,7 +144,7 @@ def time_jobs(recipe: Any) -> dict[str, Any]:
 
 
 def published_schedule() -> dict[str, Any]:
-    """Test top-1 of the published losses, 5 epochs over the whole train split, in memory (equal to `tinyemo train`)."""
+    """Return test top-1 of the published losses after 5 epochs on the whole train split, trained in memory."""
     from orchestration.assets.labels import label_embeddings
     from orchestration.jobs.prepare import prepare
     from orchestration.recipe import load_recipe
@@ -168,7 +168,7 @@ def published_schedule() -> dict[str, Any]:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean."""
+    """Return the standard error of the mean; 0 for one value."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 

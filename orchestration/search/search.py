@@ -248,7 +248,6 @@ def _value_problems(recipe: Recipe, knob: str, distribution: Distribution) -> li
 
 
 def _label_configs(recipe: Recipe) -> list[Any]:
-    """The label section with every template that the space holds."""
     knob = recipe.search.knobs().get("labels.template")
     templates = [str(value) for value in knob.examples()] if knob else [recipe.labels.template]
     return [recipe.labels.model_copy(update={"template": template}) for template in templates]
@@ -268,7 +267,6 @@ def _run_trials(
     started_at = time.monotonic()
 
     def write_spent() -> float:
-        """Store the seconds after each trial, since a driver that is killed cannot do so at its end."""
         search_s = before_s + time.monotonic() - started_at
         lease.write_json(spent, {"search_s": search_s})
         return search_s
@@ -277,7 +275,7 @@ def _run_trials(
 
         def end(record: TrialRecord) -> None:
             write_record(lease.folder, record, lease.write_json)
-            write_spent()
+            write_spent()  # after each trial: a driver that is killed cannot do it at its end
             records.append(record)
             log.put(record)
             if on_trial is not None:

@@ -1,4 +1,4 @@
-"""What a search knows about its trials: the recipe of each, its record in S3, and its run in MLflow.
+"""Keep what a search knows about its trials: the recipe of each, its record in S3, and its run in MLflow.
 
 A trial that has ended is one small JSON object in S3. A search that starts again reads these objects; Ray Tune's own
 restore is not used. It goes back to a snapshot of the whole experiment, by default minutes old, so that trials which

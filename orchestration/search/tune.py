@@ -239,7 +239,6 @@ def build_study(config: SearchConfig, records: Sequence[TrialRecord], storage: A
 
 
 def _searcher(config: SearchConfig, records: Sequence[TrialRecord], first_point: dict[str, Any] | None) -> OptunaSearch:
-    """TPE that knows the records, and proposes `first_point` first unless one of them had it."""
     import optuna
 
     storage, metrics = optuna.storages.InMemoryStorage(), objectives(config)
@@ -265,7 +264,6 @@ def _searcher(config: SearchConfig, records: Sequence[TrialRecord], first_point:
 
 
 def _scheduler(config: SearchConfig, num_epochs: int, records: Sequence[TrialRecord]) -> ASHAScheduler:
-    """ASHA on the first objective, with the records at its rungs."""
     metric = objectives(config)[0]
     scheduler = ASHAScheduler(
         metric=metric,

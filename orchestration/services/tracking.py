@@ -154,7 +154,7 @@ def _tolerated(error_code: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What MLflow knows about a run.
+    """Facts that MLflow has about a run.
 
     Attributes:
         status: RUNNING, FINISHED, FAILED or KILLED.
@@ -600,7 +600,7 @@ def download_artifacts(uri: str, folder: Path | None = None) -> Path:
 
 
 def _source_of(client: Any, uri: str) -> str:
-    """The S3 address behind an address of MLflow's, or the address itself where MLflow holds the files."""
+    """Return the S3 address behind an address of MLflow's, or the same address where MLflow holds the files."""
     scheme, _, path = uri.partition(":/")
     name, _, rest = path.partition("/")
     if scheme == "models" and (rest.isdigit() or "@" in name):
