@@ -1,4 +1,4 @@
-"""What a stage leaves in S3 while it runs, and how a rank reads it back.
+"""Checkpoints, progress and curves of a stage in S3, and how a rank reads a checkpoint back.
 
 <stage>/latest.json                     the newest complete checkpoint, as a `StageState`
 <stage>/progress.json                   the newest figures

@@ -32,7 +32,7 @@ ROWS = "rows.json"
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What the evaluation needs beside its stream: the S3 folder of the exported model, and how it is measured."""
+    """Inputs of the evaluation beside its stream: the S3 folder of the exported model, and how it is measured."""
 
     model: str
     conditions: tuple[str, ...]
@@ -41,7 +41,7 @@ class EvaluationJob:
 
 @dataclass
 class EvaluationState:
-    """What a rank keeps: the model, and rows of this rank's records, or of all ranks' after a restart on rank 0."""
+    """State of a rank: the model and the rows of its records; after a restart rank 0 has the rows of all ranks."""
 
     model: Reasoner
     job: EvaluationJob
@@ -140,7 +140,7 @@ def _digest(pixels: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the rows say.
+    """Figures of an evaluation.
 
     Attributes:
         num_records: measured.
@@ -148,7 +148,7 @@ class Evaluation:
         loss: mean over records of the nats a token of an answer, by condition.
         tests: right image against "shuffled" and "text_only", over records; none of a model of text alone.
         tests_by_image: the same over images, each the mean of its records, which are no independent draws.
-        by_task: mean loss by condition, for each task that ids name (the part behind the last slash).
+        by_task: mean loss by condition, for each task that ids name (the part after the last slash).
     """
 
     num_records: int
@@ -159,12 +159,12 @@ class Evaluation:
     by_task: dict[str, dict[str, float]]
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the figures as a JSON document."""
         return asdict(self)
 
 
 def summarise(rows: list[dict[str, Any]]) -> Evaluation:
-    """Means and paired tests of the rows of `measure_records`, one at least."""
+    """Return means and paired tests of the rows of `measure_records`, of which there is at least one."""
     measured = [name for name in CONDITIONS if name in rows[0]]
     losses = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in measured}
     images = [row["image"] for row in rows]

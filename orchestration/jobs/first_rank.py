@@ -37,7 +37,7 @@ def give_freed_memory_back(*, at_once: bool) -> None:
 
 
 def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed: int) -> Reasoner:
-    """What `build` yields on the first rank; elsewhere its shape, its buffers, and parameters of no value.
+    """Return the model of `build` on the first rank; elsewhere a model of its shape and buffers, without weights.
 
     Args:
         build: the model as the stage begins with it, see `build_for_stage`; called on the first rank alone.

@@ -1,4 +1,4 @@
-"""What is said of a finished run over the reasoning model: in its model card, and on the terminal."""
+"""Texts about a finished run of a reasoning model: its model card, and lines for the terminal."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CONDITION_NAMES = {
 
 
 def warnings_of(result: ReasonerResult) -> list[str]:
-    """What must be known before any figure of a run is believed; empty where weights and answers are real."""
+    """Return the warnings that belong beside every figure of a run; none where weights and answers are real."""
     said = [WARNINGS[name] for name in ("llm_weights", "vision_weights") if getattr(result, name) == "random"]
     return said + [text for name, text in WARNINGS.items() if name in result.answers.split(",")]
 
 
 def model_card(plan: ReasoningPlan, result: ReasonerResult) -> str:
-    """Markdown that says what the model is, from what, how good and how not."""
+    """Return the model card as Markdown: parts, data, stages, evaluation and limits."""
     sources = plan.sources
     lines = [
         "---", "tags: [tinyemo, image-text-to-text]", f"base_model: {sources.llm_name}", "---", "",
@@ -87,7 +87,7 @@ def _stage_line(name: str, trains: str, row: dict[str, Any]) -> str:
 
 
 def evaluation_lines(evaluation: dict[str, Any] | None) -> list[str]:
-    """The evaluation for people, as Markdown."""
+    """Return the evaluation as lines of Markdown."""
     if evaluation is None:
         return ["The data have no test split: nothing was evaluated."]
     loss = evaluation["loss"]

@@ -1,4 +1,4 @@
-"""Whether an answer is likelier with its own image: pairs of losses, and images that belong to another record.
+"""Paired tests: of losses with and without a record's own image, and of two finished runs.
 
 Shape letters: N records.
 """
@@ -42,7 +42,7 @@ class PairedTest:
 
 
 def paired_test(first: NDArray[np.float64], second: NDArray[np.float64]) -> PairedTest:
-    """The two losses of each of N records held against each other.
+    """Test whether the first loss of each of N records is lower than the second.
 
     Args:
         first: (N,) nats a token.
@@ -65,8 +65,10 @@ def paired_test(first: NDArray[np.float64], second: NDArray[np.float64]) -> Pair
 
 
 def mean_by_group(values: NDArray[np.float64], groups: Sequence[str]) -> NDArray[np.float64]:
-    """The mean of the values of each group, groups in alphabetical order: records of one photograph are no independent
-    draws, their means are."""
+    """Return the mean of each group's values, groups in alphabetical order.
+
+    Records of one photograph are no independent draws, their means are.
+    """
     names, place = np.unique(np.asarray(groups), return_inverse=True)
     return np.bincount(place, weights=values, minlength=len(names)) / np.bincount(place, minlength=len(names))
 
@@ -90,7 +92,7 @@ class Comparison:
 
 
 def compare_runs(first: str, second: str, root: str) -> Comparison:
-    """How much lower the first run's losses are.
+    """Return how much lower the first run's losses are, over held-out records and over images.
 
     Args:
         first: name of a finished run.
@@ -102,20 +104,20 @@ def compare_runs(first: str, second: str, root: str) -> Comparison:
         DataError: they were evaluated on different records.
         StorageError: S3 cannot be read.
     """
-    ours, theirs = (_rows_by_id(name, root) for name in (first, second))
-    if set(ours) != set(theirs):
-        num_shared = len(set(ours) & set(theirs))
+    first_rows, second_rows = (_rows_by_id(name, root) for name in (first, second))
+    if set(first_rows) != set(second_rows):
+        num_shared = len(set(first_rows) & set(second_rows))
         raise DataError(
-            f"{first} was evaluated on {len(ours)} records and {second} on {len(theirs)}, {num_shared} of them the "
-            "same: compare runs over the same held-out records"
+            f"{first} was evaluated on {len(first_rows)} records and {second} on {len(second_rows)}, {num_shared} of "
+            "them the same: compare runs over the same held-out records"
         )
-    ids = sorted(ours)
-    conditions = tuple("right" if "right" in rows[ids[0]] else "text_only" for rows in (ours, theirs))
+    ids = sorted(first_rows)
+    conditions = tuple("right" if "right" in rows[ids[0]] else "text_only" for rows in (first_rows, second_rows))
     losses = [
         np.array([rows[name][condition] for name in ids], dtype=np.float64)
-        for rows, condition in zip((ours, theirs), conditions, strict=True)
+        for rows, condition in zip((first_rows, second_rows), conditions, strict=True)
     ]
-    images = [ours[name]["image"] for name in ids]
+    images = [first_rows[name]["image"] for name in ids]
     return Comparison(
         first=first,
         second=second,

@@ -1,4 +1,4 @@
-"""What a run reads, known before a worker starts: its recipe checked against the manifests of its data."""
+"""Preparation of a run before a worker starts: its recipe, checked against the manifests of its data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Preparation:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Labels that are told apart."""
+        """Labels that the projector tells apart."""
         return self.selection.words
 
     def data_digests(self) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Best:
 
 @dataclass
 class ProjectorState:
-    """What a rank keeps while a stage runs.
+    """State of a rank while a stage runs.
 
     Attributes:
         weights: of the best epoch, on the CPU in fp32; empty before the first.

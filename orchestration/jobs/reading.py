@@ -24,7 +24,7 @@ from tinyemo.errors import TrainingError
 
 @dataclass
 class ReadingState:
-    """What a rank keeps while it reads.
+    """State of a rank while it reads.
 
     Attributes:
         ledger: lines of this rank; None without a ledger.

@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a training stage needs beside its streams.
+    """Inputs of a training stage beside its streams.
 
     Attributes:
         weights: S3 folder of each earlier stage's trained weights, by its name.
@@ -60,7 +60,7 @@ class TrainingJob:
 
 @dataclass
 class ReasonerState:
-    """What a rank keeps while a stage trains."""
+    """State of a rank while a stage trains."""
 
     engine: Engine
     inputs: Inputs

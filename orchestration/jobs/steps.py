@@ -24,7 +24,7 @@ from tinyemo.reasoner.flops import FlopModel, Work
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The records of one forward pass, packed into one row; position_ids start anew at each.
+    """The records of one forward pass, packed into one row; position_ids start from 0 at each.
 
     Attributes:
         ids: of the records.
@@ -42,7 +42,7 @@ class MicroBatch:
     work: Work
 
     def forward(self, engine: Engine) -> Tensor:
-        """(A,) float32 nats of each answer token, in reading order."""
+        """Return the nats of each answer token in reading order, (A,) float32."""
         nats: Tensor = engine(
             input_ids=self.input_ids,
             labels=self.labels,
@@ -68,11 +68,11 @@ class Inputs:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def micro_batches(self, batch: Batch, size: int) -> list[MicroBatch]:
-        """The batch in parts of `size` records."""
+        """Return the batch in parts of `size` records."""
         return [self.micro_batch(batch.part(rows)) for rows in micro_batches(len(batch.ids), size)]
 
     def micro_batch(self, batch: Batch, *, images: Tensor | None = None, has_images: bool | None = None) -> MicroBatch:
-        """All records of the batch in one forward pass.
+        """Return all records of the batch as one forward pass.
 
         Args:
             batch: of a rank, or a part of it.
@@ -105,7 +105,7 @@ class Inputs:
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, 3, S, S) float, as the tower takes them, of (B, S, S, 3) uint8."""
+    """Return pixels as the tower takes them, (B, 3, S, S) float, of (B, S, S, 3) uint8."""
     mean = torch.tensor(preprocessing.mean, device=pixels.device)
     std = torch.tensor(preprocessing.std, device=pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
@@ -129,7 +129,7 @@ def train_micro_batches(
 ) -> tuple[Point, Tensor]:
     """Take one optimizer step over the micro-batches of all ranks; return its figures and the counts of its work.
 
-    The loss is the sum of nats over all answer tokens of the step divided by their number, whoever computed them, so
+    The loss is the sum of nats over all answer tokens of the step divided by their number, on whichever rank, so
     that curves do not depend on the number of workers or on how long the answers of a micro-batch are.
 
     Args:
@@ -178,7 +178,7 @@ def train_micro_batches(
 
 @torch.no_grad()
 def mean_loss(engine: Engine, inputs: Inputs, stream: Iterable[Batch], micro_batch_size: int) -> float:
-    """Nats a token over the answers of every record of a stream, on all ranks."""
+    """Return the nats per token over the answers of every record of a stream, on all ranks."""
     sums = [0.0, 0.0]
     engine.eval()
     for batch in stream:
@@ -191,7 +191,7 @@ def mean_loss(engine: Engine, inputs: Inputs, stream: Iterable[Batch], micro_bat
 
 
 def losses_by_record(part: MicroBatch, nats: Tensor) -> list[tuple[int, float]]:
-    """(answer tokens, nats of the answer) of each record of a micro-batch.
+    """Return (answer tokens, nats of the answer) of each record of a micro-batch.
 
     Args:
         part: the micro-batch.
@@ -244,7 +244,7 @@ class Meter:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a device by its vendor; None of a CPU and of a device that is not in the table."""
+    """Return a device's dense bf16 FLOP/s; None for a CPU and for a device that is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -252,7 +252,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: allocated on the GPU, or resident on a CPU."""
+    """Return the most memory this rank has held, bytes: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -41,7 +41,7 @@ Point = dict[str, Any]
 
 
 class State(Protocol):
-    """What a task keeps on a rank while a stage runs."""
+    """State that a task keeps on a rank while a stage runs."""
 
     engine: Engine | None
 
@@ -105,7 +105,7 @@ class Stage:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole stage."""
+        """Number of steps of the whole stage."""
         return int(self.streams["train"].num_steps)
 
     def functions(self) -> Task:

@@ -26,14 +26,14 @@ Engine = Any
 
 
 def compute_dtype(config: EngineConfig) -> torch.dtype:
-    """The type parameters compute in on this machine."""
+    """Return the type that parameters compute in on this machine."""
     if config.precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters."""
+    """Return AdamW over all parameters."""
     return torch.optim.AdamW(model.parameters(), lr=config.max_lr / 25, weight_decay=config.weight_decay, fused=True)
 
 
@@ -57,7 +57,7 @@ def build_engine(
     global_batch_size: int,
     world_size: int,
 ) -> Engine:
-    """A DeepSpeed engine over the initialised process group, with the published optimizer and schedule."""
+    """Return a DeepSpeed engine over the initialised process group, with the published optimizer and schedule."""
     return start_engine(
         model,
         engine,
@@ -195,7 +195,7 @@ def gradient_norm(engine: Engine) -> float | Tensor | None:
 
 
 def accumulate(engine: Engine, loss: Tensor, *, is_last: bool, before_step: Callable[[], None]) -> None:
-    """The backward pass of one micro-batch; behind the last one of a step, the optimizer step.
+    """Take the backward pass of one micro-batch and, after the last one of a step, the optimizer step.
 
     DeepSpeed averages over ranks and nothing else here: sums over micro-batches and ranks want `world_size` times
     themselves.
@@ -265,7 +265,7 @@ def gathered(engine: Engine, parameters: list[nn.Parameter]) -> Any:
 
 
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
-    """Every parameter and buffer whole, on CPU in fp32 (counters keep their type); every rank calls it.
+    """Return every parameter and buffer whole, on the CPU in fp32 (counters keep their type); every rank calls it.
 
     Under bf16 this rounds the fp32 master weights as the forward pass does.
     """
@@ -278,7 +278,7 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
 
 
 def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
-    """The parameters that are trained, whole, on CPU in fp32, on rank 0; empty on the others; every rank calls it.
+    """Return the trained parameters whole on rank 0, on the CPU in fp32, none on the others; every rank calls it.
 
     They are gathered one by one, so that no rank ever holds more than one of them beside its own part.
     """
@@ -294,7 +294,7 @@ def trained_state_dict(engine: Engine) -> dict[str, Tensor]:
 
 
 def optimizer_state_bytes(engine: Engine) -> int:
-    """Bytes of this rank's optimizer-state tensors (moments and, where DeepSpeed keeps one, the fp32 master copy)."""
+    """Return the bytes of this rank's optimizer state: moments and, where DeepSpeed keeps one, the fp32 master copy."""
     states = [
         value
         for state in _inner(engine.optimizer).state.values()
@@ -305,7 +305,7 @@ def optimizer_state_bytes(engine: Engine) -> int:
 
 
 def state_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes that this rank holds, counted from tensors: "parameters", "gradients" and "optimizer".
+    """Return the bytes that this rank holds, counted from tensors: "parameters", "gradients" and "optimizer".
 
     Frozen parameters are among the parameters, DeepSpeed's own copy of the trained ones is among the optimizer's. Call
     it between the last backward pass and the step, where gradients are there.
@@ -327,12 +327,12 @@ def state_bytes(engine: Engine) -> dict[str, int]:
 
 
 def _inner(optimizer: Any) -> Any:
-    """Torch's optimizer inside DeepSpeed's."""
+    """Return torch's optimizer inside DeepSpeed's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _bytes_of(held: Any, seen: set[int]) -> int:
-    """Bytes of all storages below lists and tables that were not seen before."""
+    """Return the bytes of all storages below lists and tables that were not seen before."""
     if isinstance(held, dict):
         held = list(held.values())
     if isinstance(held, list | tuple):
@@ -371,7 +371,7 @@ def load_collectives() -> None:
 
 
 def _collectives_folder() -> Path | None:
-    """Where this environment keeps what it compiled; None where it can't be written or the user named another."""
+    """Return the environment's folder of builds; None where it cannot be written or the user named another."""
     folder = Path(sys.prefix) / "torch_extensions"
     if not Path(os.environ.get("TORCH_EXTENSIONS_DIR", folder)).is_relative_to(folder):
         return None
