@@ -43,7 +43,7 @@ MEASURES = {
 
 
 def thumbnail(image: bytes) -> bytes:
-    """A small JPEG of an image that was checked, at most THUMBNAIL_SIDE pixels a side."""
+    """Return a small JPEG of an image that was checked, at most THUMBNAIL_SIDE pixels a side."""
     with Image.open(io.BytesIO(image)) as picture:
         small = picture.convert("RGB")
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -53,7 +53,7 @@ def thumbnail(image: bytes) -> bytes:
 
 
 def contact_sheet(pictures: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG of thumbnails side by side, each above its task and label; `pictures` have image, task and label."""
+    """Return a PNG of thumbnails, each above its task and label; `pictures` have image, task and label."""
     num_rows = -(-len(pictures) // SHEET_COLUMNS)
     height = THUMBNAIL_SIDE + CAPTION_HEIGHT
     sheet = Image.new("RGB", (SHEET_COLUMNS * THUMBNAIL_SIDE, max(num_rows, 1) * height), "white")
@@ -145,7 +145,7 @@ def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def has_mlflow() -> bool:
-    """Whether the environment names an MLflow server."""
+    """Return True where the environment names an MLflow server."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI"))
 
 

@@ -1,4 +1,4 @@
-"""What only the whole data set can decide: ids, splits, duplicates, shards, and the digest. Pure functions on columns.
+"""Decisions over a whole data set: ids, splits, duplicates, shards, and the digest. Pure functions on columns.
 
 R records, K of them kept.
 """
@@ -39,7 +39,7 @@ FACT_SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
-"""What a task finds out about each record; the driver holds this and no text or image, under 300 bytes a record."""
+"""Facts that a task finds out about a record; the driver holds these (under 300 bytes a record), no text or image."""
 
 
 class _Verdicts:
@@ -92,7 +92,7 @@ def decide(facts: pa.Table, rules: IngestRules, split: str | None, kind: Kind = 
 
 
 def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """(R,) equal numbers for equal values, -1 for null."""
+    """Return (R,) equal numbers for equal values, -1 for null."""
     codes: NDArray[np.int64] = (
         pc.fill_null(column.combine_chunks().dictionary_encode().indices, -1).to_numpy().astype(np.int64)
     )
@@ -102,7 +102,7 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
 def _settle_ids(
     facts: pa.Table, numbers: NDArray[np.int64], rules: IngestRules, verdicts: _Verdicts
 ) -> list[str | None]:
-    """Ids of which no two kept records share one; the first record of an id keeps it."""
+    """Return ids that no two kept records share; the first record of an id keeps it."""
     ids: list[str | None] = facts["id"].to_pylist()
     first: dict[str | None, int] = {}
     repeated = [row for row in np.flatnonzero(verdicts.is_kept).tolist() if first.setdefault(ids[row], row) != row]
@@ -130,7 +130,7 @@ def _settle_ids(
 def _settle_splits(
     facts: pa.Table, images: NDArray[np.int64], rules: IngestRules, split: str | None, verdicts: _Verdicts
 ) -> NDArray[np.object_]:
-    """(R,) the split that the record names, else `split`, else the one that its image has or is given."""
+    """Return (R,) the split that the record names, else `split`, else the one that its image has or is given."""
     splits = np.array(facts["split"].to_pylist(), dtype=object)
     is_open = verdicts.is_kept & facts["split"].is_null().to_numpy().astype(bool)
     if split is not None:
@@ -147,7 +147,7 @@ def _settle_splits(
 
 
 def choose_split(image_sha256: bytes, held_out: dict[str, float]) -> str:
-    """The split of an image: its sha256, read as a number in [0, 1), falls into a held-out fraction or into train.
+    """Return the split of an image: its sha256, as a number in [0, 1), falls into a held-out fraction or into train.
 
     Test comes first, so that its images stay the same whatever the other fractions are.
     """
@@ -187,7 +187,7 @@ def _reject_same_images(
     numbers: NDArray[np.int64],
     verdicts: _Verdicts,
 ) -> None:
-    """Of the kept records of one image, keep those in the split that is held out most."""
+    """Keep the records of an image in the split that is held out most, and reject those in others."""
     rows = np.flatnonzero(verdicts.is_kept)
     order = rows[np.lexsort((rows, ranks[rows], images[rows]))]
     if not len(order):
@@ -209,7 +209,7 @@ def _reject_near_images(
     max_bits: int,
     verdicts: _Verdicts,
 ) -> None:
-    """Split after split from the one held out most: what is near an image of a former split goes."""
+    """Go from the split held out most to train, and reject images near one of a split before."""
     hashes = pc.fill_null(facts["phash"].combine_chunks(), 0).to_numpy()
     has_hash = facts["phash"].is_valid().to_numpy().astype(bool)
     former = np.array([], dtype=np.int64)  # rows that stand for the images, and hashes, of the splits before
@@ -229,7 +229,7 @@ def _reject_near_images(
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which records a shard holds."""
+    """The records that one shard holds."""
 
     split: str
     path: str
@@ -239,7 +239,7 @@ class ShardPlan:
 
 
 def plan_shards(decided: pa.Table, layout: Layout) -> list[ShardPlan]:
-    """The shards of all splits, train first; each ends with the record that reaches `layout.shard_bytes`."""
+    """Return the shards of all splits, train first; each ends with the record that reaches `layout.shard_bytes`."""
     is_kept = decided["reason"].is_null().to_numpy().astype(bool)
     splits = np.array(decided["split"].to_pylist(), dtype=object)
     sizes = pc.add(decided["image_bytes"], decided["text_bytes"]).fill_null(0).to_numpy()
@@ -255,7 +255,7 @@ def plan_shards(decided: pa.Table, layout: Layout) -> list[ShardPlan]:
 
 
 def digest_of(decided: pa.Table, plans: list[ShardPlan], header: object) -> str:
-    """sha256 over everything that a reader of the version can see, and over nothing else.
+    """Return the sha256 over everything that a reader of the version can see, and over nothing else.
 
     The order of the kept records counts, since the order of samples in training is a function of digest and place.
 

@@ -1,4 +1,4 @@
-"""The image of a record: where it lies, whether it is whole, and the bytes that are stored."""
+"""Checks of the image of a record: its place, whether it is whole, and the bytes that are stored."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELO
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image that keeps the rules."""
+    """Facts about an image that keeps the rules."""
 
     sha256: str
-    """Of the bytes that are stored."""
+    """sha256 of the bytes that are stored."""
     num_bytes: int
-    """That are stored."""
+    """Number of bytes that are stored."""
     width: int
     height: int
     phash: int | None
@@ -54,7 +54,7 @@ class ImageFacts:
 
 
 def path_under_root(image: str, root: str, foreign_root: str) -> str:
-    """The path of a record's image below the root, with no dots in it.
+    """Return the path of a record's image below the root, with no dots in it.
 
     Raises:
         RejectedRecordError: image_outside_root.
@@ -76,14 +76,14 @@ def path_under_root(image: str, root: str, foreign_root: str) -> str:
 
 
 def require_root(root: str) -> None:
-    """DataError where the images' folder is not on this node; an S3 address passes."""
+    """Raise DataError where the images' folder is not on this node; an S3 address passes."""
     if not root.startswith("s3://") and not os.path.isdir(root):
         node = os.uname().nodename
         raise DataError(f"{root} is no folder on {node}: put the images where every node sees them, or into S3")
 
 
 def read_image(path: str, root: str, max_bytes: int) -> bytes:
-    """The bytes of an image file under the root.
+    """Return the bytes of an image file under the root.
 
     Raises:
         RejectedRecordError: image_missing, image_unreadable, image_too_large, image_outside_root.
@@ -125,7 +125,7 @@ def _read_file(path: str, root: str, max_bytes: int) -> bytes:
 
 
 def read_ahead(paths: Iterable[str], root: str, max_bytes: int) -> Iterator[tuple[str, Future[bytes]]]:
-    """Each path with its bytes to come, in order; READ_AHEAD of them are read while the caller works."""
+    """Yield each path with its bytes to come, in order; READ_AHEAD of them are read while the caller works."""
     with ThreadPoolExecutor(storage.TRANSFER_THREADS, thread_name_prefix="image") as pool:
         waiting: deque[tuple[str, Future[bytes]]] = deque()
         for path in paths:
@@ -136,7 +136,7 @@ def read_ahead(paths: Iterable[str], root: str, max_bytes: int) -> Iterator[tupl
 
 
 def inspect_image(data: bytes, rules: IngestRules) -> ImageFacts:
-    """What is known of an image after it was decoded whole.
+    """Return the facts about an image after it was decoded whole.
 
     Raises:
         RejectedRecordError: it breaks a rule, is broken itself, or is no image.
@@ -154,7 +154,7 @@ def inspect_image(data: bytes, rules: IngestRules) -> ImageFacts:
 
 
 def stored_image(data: bytes, rules: IngestRules) -> tuple[bytes, int, int]:
-    """The bytes that are stored of an image, its width and its height; decoded only where it has to be converted.
+    """Return the bytes that are stored of an image, its width and its height; it is decoded only to convert it.
 
     Raises:
         RejectedRecordError: it breaks a rule.
@@ -166,7 +166,7 @@ def stored_image(data: bytes, rules: IngestRules) -> tuple[bytes, int, int]:
 
 
 def perceptual_hash(image: Image.Image) -> int | None:
-    """64 bits that are alike for a picture and its scaled or re-saved copies; None where the image is flat."""
+    """Return 64 bits that are alike for a picture and its scaled or re-saved copies; None where it is flat."""
     grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     if np.asarray(grey).std() < FLAT_DEVIATION:
         return None
@@ -174,7 +174,7 @@ def perceptual_hash(image: Image.Image) -> int | None:
 
 
 def _open(data: bytes, rules: IngestRules) -> Image.Image:
-    """The image by its header, which keeps the rules; no pixel is decoded."""
+    """Return the image by its header, which keeps the rules; no pixel is decoded."""
     if not data:
         reject(Reason.IMAGE_UNREADABLE, "the file is empty")
     try:
@@ -214,7 +214,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _convert(image: Image.Image) -> tuple[Image.Image, bytes]:
-    """The (first) picture in RGB or L, white where it is transparent, and its bytes as PNG."""
+    """Return the (first) picture in RGB or L, white where it is transparent, and its bytes as PNG."""
     _load(image)
     try:
         if image.has_transparency_data:

@@ -30,8 +30,11 @@ PILLOW_MAX_PIXELS = 178_956_970
 
 
 class Reason(StrEnum):
-    """Why a record is not kept. Checks run in this order, those of the record before those of its image, and those
-    over all records (`duplicate_`) last; a record carries the first code that applies."""
+    """Reason why a record is not kept.
+
+    Checks run in this order, those of the record before those of its image, and those over all records (`duplicate_`)
+    last; a record carries the first code that applies.
+    """
 
     BAD_ROW = "bad_row"
     """A row of a table of labels cannot be read."""
@@ -120,7 +123,7 @@ class RejectedRecordError(DataError):
 
 
 class IngestRules(Section):
-    """Which records are kept, how images are changed, and how records are split; part of the data set's manifest."""
+    """Rules for keeping records, changing images and splitting; part of the data set's manifest."""
 
     taxonomy: TaxonomyChoice = TAXONOMIES["ekman"]
     """Labels that are allowed: ekman, mikels, parrott, or a TOML or JSON file with words, synonyms and maps."""
@@ -204,7 +207,7 @@ class Layout(Section):
 
 
 def load_rules(path: Path | None, overrides: list[str] | None = None) -> IngestRules:
-    """The rules of a TOML file, or the defaults, with `key=value` overrides laid over them.
+    """Return the rules of a TOML file, or the defaults, with `key=value` overrides laid over them.
 
     Raises:
         ConfigError: all that is wrong with them, one line a field.

@@ -1,4 +1,4 @@
-"""What Ray Data tasks do in an ingest: check a chunk of records, write a shard. Each reads what it needs itself."""
+"""Ray Data tasks of an ingest: check a chunk of records, write a shard. Each reads its own input."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ WRITTEN_SCHEMA = pa.schema(
         ),
     ]
 )
-"""What `write_shard` returns."""
+"""Columns that `write_shard` returns."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an ingest's records and images are, and the rules that they are checked by; travels to the tasks."""
+    """Places of an ingest's records and images, and the rules for them; travels to the tasks."""
 
     kind: Kind
     """images or instruct."""
@@ -90,7 +90,7 @@ class ShardWork:
 
 
 def check_chunk(source: Source, chunk: int) -> pa.Table:
-    """FACT_SCHEMA: a row for each record of a chunk, in its order; nothing that a record or image holds can fail this.
+    """Return FACT_SCHEMA, a row for each record of a chunk in its order; no record or image can make this fail.
 
     Raises:
         DataError: the images' folder is not on this node.
@@ -112,7 +112,7 @@ def check_chunk(source: Source, chunk: int) -> pa.Table:
 
 
 def _check_text(raw: RawRecord, source: Source) -> tuple[dict[str, Any], str | None]:
-    """What is known of a record before its image, and the image's path where there is something to check."""
+    """Return the facts about a record's text, and its image's path where there is something to check."""
     try:
         record = source.read(raw)
         path = path_under_root(record.image, source.images, source.rules.foreign_root)
@@ -146,7 +146,7 @@ def _check_text(raw: RawRecord, source: Source) -> tuple[dict[str, Any], str | N
 
 
 def _check_image(read: Callable[[], bytes], rules: IngestRules) -> dict[str, Any]:
-    """The columns of a record that its image decides."""
+    """Return the columns of a record that its image decides."""
     try:
         facts = inspect_image(read(), rules)
     except RejectedRecordError as error:
@@ -197,7 +197,7 @@ def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, An
 
 
 def _rows(source: Source, work: ShardWork) -> Iterator[dict[str, Any]]:
-    """The shard's records as RECORD_SCHEMA has them."""
+    """Yield the shard's records as RECORD_SCHEMA has them."""
     require_root(source.images)
     rules = source.rules
     ahead: list[Record] = []
@@ -232,7 +232,7 @@ def _rows(source: Source, work: ShardWork) -> Iterator[dict[str, Any]]:
 
 
 def _records(source: Source, positions: NDArray[np.int64]) -> Iterator[Record]:
-    """The records at ascending positions of the input; one chunk is in memory at a time."""
+    """Yield the records at ascending positions of the input; one chunk is in memory at a time."""
     for chunk, places in places_by_chunk(source.staged, positions):
         raws = read_chunk(source.staged.uri, chunk)
         for place in places.tolist():
@@ -248,7 +248,7 @@ def places_by_chunk(staged: Staged, positions: NDArray[np.int64]) -> Iterator[tu
 
 
 def check_chunks(source: Source) -> Iterator[pa.Table]:
-    """The facts of every chunk, as tasks get done, so in no order; call `connect` first.
+    """Yield the facts of every chunk, as tasks get done, so in no order; call `connect` first.
 
     Raises:
         DataError, StorageError: see `check_chunk`.
@@ -261,7 +261,7 @@ def check_chunks(source: Source) -> Iterator[pa.Table]:
 
 
 def write_shards(source: Source, layout: Layout, works: list[ShardWork]) -> Iterator[dict[str, Any]]:
-    """What `write_shard` returns for every shard, as tasks get done; call `connect` first.
+    """Yield the result of `write_shard` for every shard, as tasks get done; call `connect` first.
 
     Raises:
         DataError, StorageError: see `write_shard`.
@@ -276,7 +276,7 @@ def write_shards(source: Source, layout: Layout, works: list[ShardWork]) -> Iter
 
 
 def _pack(work: ShardWork) -> dict[str, Any]:
-    """A shard's work as a row of Ray Data."""
+    """Return a shard's work as a row of Ray Data."""
     return {
         "uri": work.uri,
         "ids": work.ids,
@@ -297,7 +297,7 @@ def _unpack(row: dict[str, Any]) -> ShardWork:
 
 
 def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """What the tasks return, one task an item and one CPU a task, in no order."""
+    """Yield the results of one task per item, each with one CPU, in no order."""
 
     def run(batch: pa.Table) -> pa.Table:
         return guarded(work, batch)

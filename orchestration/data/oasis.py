@@ -105,7 +105,7 @@ T = TypeVar("T")
 
 
 class OasisRules(Section):
-    """How ratings become emotions and photographs become splits; stands in the data set's manifest."""
+    """Rules that turn ratings into emotions and themes into splits; part of the data set's manifest."""
 
     negative_below: float = Field(3.5, ge=SCALE[0], le=SCALE[1])
     """Mean valence below which a photograph is negative."""
@@ -154,7 +154,7 @@ class Photograph:
 
 
 def read_photographs(folder: Path) -> list[Photograph]:
-    """Every photograph of the asset's folder, in the order of its table.
+    """Return every photograph of the asset's folder, in the order of its table.
 
     Raises:
         DataError: the table is not that of OASIS.
@@ -182,14 +182,14 @@ def _photograph(row: dict[str, str]) -> Photograph:
 
 
 def sentiment_of(photograph: Photograph, rules: OasisRules) -> Literal["positive", "negative", "neutral"]:
-    """What its valence says."""
+    """Return the sentiment that a photograph's valence stands for."""
     if photograph.valence < rules.negative_below:
         return "negative"
     return "positive" if photograph.valence > rules.positive_above else "neutral"
 
 
 def quadrant_of(photograph: Photograph, rules: OasisRules) -> Quadrant | None:
-    """Where it lies in the plane of valence and arousal; None in the middle of either."""
+    """Return a photograph's quadrant of valence and arousal; None in the middle of either."""
     sentiment = sentiment_of(photograph, rules)
     if sentiment == "neutral" or rules.calm_below <= photograph.arousal <= rules.aroused_above:
         return None
@@ -197,7 +197,7 @@ def quadrant_of(photograph: Photograph, rules: OasisRules) -> Quadrant | None:
 
 
 def split_of(theme: str, rules: OasisRules) -> str:
-    """The split that all photographs of a theme are in."""
+    """Return the split that all photographs of a theme are in."""
     place = _hash(rules.seed, "split", theme) / 2**64
     if place < rules.test_fraction:
         return "test"
@@ -205,8 +205,8 @@ def split_of(theme: str, rules: OasisRules) -> str:
 
 
 def build_records(photographs: Iterable[Photograph], rules: OasisRules) -> Iterator[dict[str, Any]]:
-    """LLaVA records: for each photograph a caption, a question about sentiment or emotion and, where the rule gives it
-    an emotion, one that reasons."""
+    """Yield LLaVA records: for each photograph a caption, a question about sentiment or emotion and, where it has an
+    emotion, one that reasons."""
     for photograph in photographs:
         quadrant = quadrant_of(photograph, rules)
         emotion = QUADRANTS[quadrant][0] if quadrant else None
@@ -218,7 +218,7 @@ def build_records(photographs: Iterable[Photograph], rules: OasisRules) -> Itera
 
 
 def _words(photograph: Photograph, rules: OasisRules, emotion: str | None) -> dict[str, str]:
-    """What the templates are filled with."""
+    """Return the words that fill the templates."""
     sentiment = sentiment_of(photograph, rules)
     strength = "very " if abs(photograph.valence - 4) > 2 else ""
     pleasantness = {"positive": "pleasant", "negative": "unpleasant", "neutral": "neither pleasant nor unpleasant"}
@@ -242,7 +242,7 @@ def _caption(photograph: Photograph, rules: OasisRules, emotion: str | None, wor
 def _sentiment_question(
     photograph: Photograph, rules: OasisRules, emotion: str | None, words: dict[str, str]
 ) -> dict[str, Any]:
-    """About the emotion or, for every second photograph and those without one, about the sentiment."""
+    """Return a question about the emotion or, for every second photograph and those without one, the sentiment."""
     sample_id = _sample_id(photograph, "sqa")
     is_about_emotion = emotion is not None and _hash(rules.seed, "kind", sample_id) % 2 == 0
     questions, answers = (
@@ -254,7 +254,7 @@ def _sentiment_question(
 
 
 def _reasoning(photograph: Photograph, rules: OasisRules, quadrant: Quadrant, words: dict[str, str]) -> dict[str, Any]:
-    """In the published form (arXiv 2410.07062): labels to choose from, the right one stated, reasons, the label."""
+    """Return a record in the published form (arXiv 2410.07062): labels offered, the right one stated, reasons."""
     sample_id = _sample_id(photograph, "reasoning")
     emotion = words["emotion"]
     offered = offered_labels(sample_id, quadrant, rules)
@@ -271,7 +271,7 @@ def _reasoning(photograph: Photograph, rules: OasisRules, quadrant: Quadrant, wo
 
 
 def offered_labels(sample_id: str, quadrant: Quadrant, rules: OasisRules) -> list[str]:
-    """The quadrant's word and some of other quadrants, in an order that says nothing."""
+    """Return the quadrant's word and some of other quadrants, in an order that gives nothing away."""
     fewest, most = rules.num_offered
     count = fewest + _hash(rules.seed, "count", sample_id) % (most - fewest + 1)
     others = [word for other, found in QUADRANTS.items() if other != quadrant for word in found]
@@ -308,7 +308,7 @@ def _sample_id(photograph: Photograph, task: str) -> str:
 
 
 def _hash(seed: int, *parts: str) -> int:
-    """A 64-bit number that depends on nothing else."""
+    """Return a 64-bit number that depends on the arguments alone."""
     text = "\0".join((str(seed), *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -318,7 +318,7 @@ def _choose(seed: int, sample_id: str, purpose: str, options: Sequence[T]) -> T:
 
 
 def describe_rules(rules: OasisRules) -> dict[str, Any]:
-    """What the manifest says about how the records came about, beside the rules of the ingest itself."""
+    """Return the manifest's facts about how the records were made, beside the rules of the ingest itself."""
     return {
         "answers": "templates",
         "emotion_rule": {

@@ -44,18 +44,18 @@ class Record:
     source: str | None
 
     def content(self) -> bytes:
-        """What is stored of it besides image, id and split: equal bytes for equal records."""
+        """Return the bytes of all that is stored besides image, id and split; equal for equal records."""
         parts = [self.task, self.turns, self.labels_offered, self.label_stated, self.label, self.source]
         return json.dumps(parts, ensure_ascii=False).encode()
 
 
 def reject(reason: Reason, detail: str) -> NoReturn:
-    """Raises RejectedRecordError."""
+    """Raise RejectedRecordError."""
     raise RejectedRecordError(reason, detail)
 
 
 def quoted(value: object) -> str:
-    """A value of the input for a message: one line, at most 80 characters."""
+    """Return a value of the input for a message: one line, at most 80 characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -64,7 +64,7 @@ def quoted(value: object) -> str:
 
 
 def parse_document(text: bytes) -> dict[str, Any]:
-    """The JSON object in a record's text.
+    """Return the JSON object in a record's text.
 
     Raises:
         RejectedRecordError: bad_json, not_a_record.
@@ -87,7 +87,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def check_record(document: dict[str, Any], rules: IngestRules) -> Record:
-    """The record in a JSON object.
+    """Return the LLaVA record in a JSON object.
 
     Raises:
         RejectedRecordError: with the first rule that it breaks.
@@ -131,7 +131,7 @@ def _split(document: dict[str, Any]) -> str | None:
 
 
 def claimed(document: dict[str, Any], field: str) -> str | None:
-    """What a record that is rejected says of its `id` or `split`, where it is a text at all."""
+    """Return the `id`, `split` or `label` that a rejected record names, where it is a text."""
     value = document.get(field)
     return str(value)[:MAX_ID_CHARS] if isinstance(value, str | int) and not isinstance(value, bool) else None
 
@@ -156,7 +156,7 @@ def _id(document: dict[str, Any]) -> str:
 
 
 def _turns(document: dict[str, Any], rules: IngestRules) -> Turns:
-    """The conversation: human and gpt in turn, `<image>` once and at the beginning, nothing blank."""
+    """Return the conversation: human and gpt in turn, `<image>` once and at the beginning, nothing blank."""
     conversation = document.get("conversations")
     if conversation is None:
         reject(Reason.MISSING_FIELD, "conversations is absent or null")
@@ -199,7 +199,7 @@ def _known(word: str, what: str, rules: IngestRules) -> str:
 
 
 def _offered(turns: Turns, rules: IngestRules) -> list[str]:
-    """Labels to choose from, of the one line `Labels: [a, b, c]`; none where there is no such line."""
+    """Return the labels to choose from in the line `Labels: [a, b, c]`; none where there is no such line."""
     lines = [line for question in _questions(turns) for line in _LABELS_LINE.findall(question)]
     if not lines:
         return []
@@ -216,7 +216,7 @@ def _offered(turns: Turns, rules: IngestRules) -> list[str]:
 
 
 def _stated(turns: Turns, rules: IngestRules) -> str | None:
-    """The correct label, where a question tells it."""
+    """Return the correct label where a question states it."""
     pattern = re.compile(rules.stated_pattern, re.IGNORECASE | re.MULTILINE)
     words = [match[1] or "" for question in _questions(turns) for match in pattern.finditer(question)]
     labels = {_known(word, "stated label", rules) for word in words}
@@ -226,7 +226,7 @@ def _stated(turns: Turns, rules: IngestRules) -> str | None:
 
 
 def _predicted(turns: Turns, rules: IngestRules, *, is_needed: bool) -> str | None:
-    """The label of the one line `Predicted Label: X` of the answers; it must be there where reasoning offers labels."""
+    """Return the label in the answers' line `Predicted Label: X`, which must be there where reasoning offers labels."""
     lines = [line for role, text in turns if role == "gpt" for line in _PREDICTED_LINE.findall(text)]
     if len(lines) > 1 or (is_needed and not lines) or (lines and not lines[0].strip(_QUOTES)):
         reject(Reason.LABELS_MALFORMED, f"the answers have {len(lines)} lines `Predicted Label: X`: one, and a label")
@@ -234,7 +234,7 @@ def _predicted(turns: Turns, rules: IngestRules, *, is_needed: bool) -> str | No
 
 
 def _agreed(offered: list[str], stated: str | None, predicted: str | None, given: str | None) -> str | None:
-    """The record's label: what is given, predicted and stated is one and the same, and among those offered."""
+    """Return the record's label; what is given, predicted and stated must agree and be among those offered."""
     named = {"stated": stated, "predicted": predicted, "given": given}
     for what, label in named.items():
         if offered and label is not None and label not in offered:
@@ -246,7 +246,7 @@ def _agreed(offered: list[str], stated: str | None, predicted: str | None, given
 
 
 def _task(named: str | None, turns: Turns, offered: list[str], rules: IngestRules) -> str:
-    """The task that the record names, or the one that its first question shows."""
+    """Return the task that the record names, or the one that its first question shows."""
     question = turns[0][1]
     if named is not None:
         task = named
@@ -264,7 +264,7 @@ def _task(named: str | None, turns: Turns, offered: list[str], rules: IngestRule
 
 
 def _check_leak(task: str, turns: Turns, label: str | None, stated: str | None, rules: IngestRules) -> None:
-    """A question must not hold the label that its answer names, unless an earlier answer told it."""
+    """Reject a question that holds the label that its answer names, unless an earlier answer told it."""
     if stated is not None and rules.stated_label == "reject":
         reject(Reason.ANSWER_LEAKS, f"the question states the correct label, {stated}")
     if task == "reasoning" or rules.leaks == "keep":

@@ -53,11 +53,11 @@ class RawRecord:
 
 @dataclass(frozen=True)
 class Staged:
-    """What `stage_records` put into S3."""
+    """The chunks of an input in S3."""
 
     uri: str
     starts: tuple[int, ...]
-    """Position of each chunk's first record, and behind the last the number of records."""
+    """Position of each chunk's first record, and after the last the number of records."""
     sha256: str
     """Of the file that was read."""
     num_bytes: int
@@ -74,7 +74,7 @@ class Staged:
 
 
 class _Tap(io.RawIOBase):
-    """A file that is read once, with its sha256 and size so far; its failures are errors of ours."""
+    """A file that is read once, with its sha256 and size so far; failures are DataError or StorageError."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
@@ -100,7 +100,7 @@ class _Tap(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(records: str) -> Iterator[tuple[_Tap, int]]:
-    """A local file or an object in S3, and its size.
+    """Open a local file or an object in S3, and return it with its size.
 
     Raises:
         DataError, StorageError: it is not there.
@@ -121,7 +121,7 @@ def _open(records: str) -> Iterator[tuple[_Tap, int]]:
 
 
 def read_raw_records(file: io.BufferedReader) -> Iterator[RawRecord]:
-    """The records of a JSON array or of JSON Lines, unread; which of the two, the first character says.
+    """Yield the records of a JSON array or of JSON Lines, unread; the first character tells which of the two.
 
     A line that is no JSON is a record like any other here. Where an array is broken its last record says so.
     """
@@ -144,7 +144,7 @@ def _read_lines(file: io.BufferedReader) -> Iterator[RawRecord]:
 
 
 def _limited(number: int, text: bytes) -> RawRecord:
-    """The record, or its beginning where it is too long."""
+    """Return the record, or its beginning where it is too long."""
     if len(text) <= MAX_RECORD_BYTES:
         return RawRecord(number, text)
     return RawRecord(number, text[:MAX_RECORD_BYTES], f"longer than {MAX_RECORD_BYTES} bytes; cut off there")
@@ -167,7 +167,7 @@ def _read_elements(file: io.BufferedReader) -> Iterator[RawRecord]:
 
 
 def _number(value: Any) -> float:
-    """ijson hands out fractions as decimals."""
+    """Return a fraction, which ijson hands out as a decimal, as a float."""
     if isinstance(value, Decimal):
         return float(value)
     raise TypeError(f"{type(value).__name__} in JSON")
