@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestration.assets import sources as asset_sources
 from orchestration.assets import vision as vision_assets
-from orchestration.assets.inputs import sha256_of_file
+from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EFFICIENTNET_FILE, UNKNOWN, EncoderInfo
 from tinyemo.errors import AssetError, ConfigError, DataError
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestration.assets.inputs import sha256_of_file
+from orchestration.services.storage import sha256_of_file
 from tinyemo.errors import AssetError
 
 logger = logging.getLogger(__name__)

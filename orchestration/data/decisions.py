@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from orchestration.data.ingest_rules import IngestRules, Layout, Reason
-from orchestration.data.manifest import Kind, held_out_rank
+from orchestration.data.manifest import Kind, held_out_rank, id_hash
 from orchestration.data.near_duplicates import nearest_within
 
 FACT_SCHEMA = pa.schema(
@@ -68,23 +68,61 @@ def decide(facts: pa.Table, rules: IngestRules, split: str | None, kind: Kind = 
     facts = facts.combine_chunks()
     verdicts = _Verdicts(facts)
     numbers = facts["number"].to_numpy()
+    if kind == "features":
+        return _decide_rows(facts, numbers, verdicts)
     ids = _settle_ids(facts, numbers, rules, verdicts)
     images = _codes(facts["image_sha256"])
     splits = _settle_splits(facts, images, rules, split, verdicts)
-    names = sorted(set(splits[verdicts.is_kept].tolist()), key=held_out_rank)
-    ranks = np.zeros(len(splits), dtype=np.int64)
-    for rank, name in enumerate(names):
-        ranks[splits == name] = rank
+    names, ranks = _rank_splits(splits, verdicts)
     if kind == "images":
         _reject_conflicts(images, facts["label"], verdicts)
-    _reject_same_images(images, ranks, names, numbers, verdicts)
+    _reject_leaks(
+        images,
+        ranks,
+        verdicts,
+        Reason.DUPLICATE_IMAGE,
+        lambda holder: f"{names[ranks[holder]]} holds this image in record {numbers[holder]}",
+    )
     if kind == "images":
         _reject_repeated_images(images, numbers, verdicts)
     if rules.near_duplicate_bits >= 0:
         _reject_near_images(facts, images, ranks, names, numbers, rules.near_duplicate_bits, verdicts)
+    return _with_verdicts(facts, verdicts, ids, splits.tolist())
+
+
+def _decide_rows(facts: pa.Table, numbers: NDArray[np.int64], verdicts: _Verdicts) -> pa.Table:
+    """Decide rows of features: no id twice in a split, and neither an id nor a vector in two splits."""
+    ids, splits = facts["id"].to_pylist(), np.array(facts["split"].to_pylist(), dtype=object)
+    first: dict[tuple[str, str], int] = {}
+    for row in np.flatnonzero(verdicts.is_kept).tolist():
+        holder = first.setdefault((splits[row], ids[row]), row)
+        if holder != row:
+            verdicts.reject(row, Reason.DUPLICATE_ID, f"row {numbers[holder]} of the same split has this id")
+    names, ranks = _rank_splits(splits, verdicts)
+    for column, reason in (("id", Reason.ID_IN_TWO_SPLITS), ("content", Reason.VECTOR_IN_TWO_SPLITS)):
+        _reject_leaks(
+            _codes(facts[column]),
+            ranks,
+            verdicts,
+            reason,
+            lambda holder: f"{names[ranks[holder]]} holds it as {ids[holder]!r}",
+        )
+    return _with_verdicts(facts, verdicts, ids, splits.tolist())
+
+
+def _rank_splits(splits: NDArray[np.object_], verdicts: _Verdicts) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the splits that hold kept rows, the one held out most first, and (R,) the place of each row's split."""
+    names = sorted(set(splits[verdicts.is_kept].tolist()), key=held_out_rank)
+    ranks = np.zeros(len(splits), dtype=np.int64)
+    for rank, name in enumerate(names):
+        ranks[splits == name] = rank
+    return names, ranks
+
+
+def _with_verdicts(facts: pa.Table, verdicts: _Verdicts, ids: list[str | None], splits: list[str | None]) -> pa.Table:
     changed = {
         "id": pa.array(ids, pa.string()),
-        "split": pa.array(splits.tolist(), pa.string()),
+        "split": pa.array(splits, pa.string()),
         "reason": pa.array(verdicts.reasons, pa.string()),
         "detail": pa.array(verdicts.details, pa.string()),
     }
@@ -180,24 +218,23 @@ def _reject_repeated_images(images: NDArray[np.int64], numbers: NDArray[np.int64
             verdicts.reject(row, Reason.DUPLICATE_IMAGE, f"record {numbers[holder]} of the same split is this image")
 
 
-def _reject_same_images(
-    images: NDArray[np.int64],
+def _reject_leaks(
+    codes: NDArray[np.int64],
     ranks: NDArray[np.int64],
-    names: list[str],
-    numbers: NDArray[np.int64],
     verdicts: _Verdicts,
+    reason: Reason,
+    describe: Callable[[int], str],
 ) -> None:
-    """Keep the records of an image in the split that is held out most, and reject those in others."""
+    """Keep the rows of a code in the split that is held out most, and reject those in others."""
     rows = np.flatnonzero(verdicts.is_kept)
-    order = rows[np.lexsort((rows, ranks[rows], images[rows]))]
+    order = rows[np.lexsort((rows, ranks[rows], codes[rows]))]
     if not len(order):
         return
-    is_start = np.r_[True, images[order][1:] != images[order][:-1]]
+    is_start = np.r_[True, codes[order][1:] != codes[order][:-1]]
     holders = order[is_start][np.cumsum(is_start) - 1]
     is_leak = ranks[order] > ranks[holders]
     for row, holder in zip(order[is_leak].tolist(), holders[is_leak].tolist(), strict=True):
-        detail = f"{names[ranks[holder]]} holds this image in record {numbers[holder]}"
-        verdicts.reject(row, Reason.DUPLICATE_IMAGE, detail)
+        verdicts.reject(row, reason, describe(holder))
 
 
 def _reject_near_images(
@@ -235,17 +272,23 @@ class ShardPlan:
     path: str
     """Relative to the version's folder."""
     rows: NDArray[np.int64]
-    """Places in the facts, ascending: the order of the input."""
+    """Places in the facts, in the order in which they are stored."""
 
 
-def plan_shards(decided: pa.Table, layout: Layout) -> list[ShardPlan]:
-    """Return the shards of all splits, train first; each ends with the record that reaches `layout.shard_bytes`."""
+def plan_shards(decided: pa.Table, layout: Layout, kind: Kind = "instruct") -> list[ShardPlan]:
+    """Return the shards of all splits, train first; each ends with the record that reaches `layout.shard_bytes`.
+
+    Features come in the order of their id hashes, all else in that of the input.
+    """
+    ids = decided["id"].to_pylist() if kind == "features" else []
     is_kept = decided["reason"].is_null().to_numpy().astype(bool)
     splits = np.array(decided["split"].to_pylist(), dtype=object)
     sizes = pc.add(decided["image_bytes"], decided["text_bytes"]).fill_null(0).to_numpy()
     plans = []
     for split in sorted(set(splits[is_kept].tolist()), key=held_out_rank, reverse=True):
         rows = np.flatnonzero(is_kept & (splits == split))
+        if kind == "features":
+            rows = np.array(sorted(rows.tolist(), key=lambda row: (id_hash(ids[row]), ids[row])), dtype=np.int64)
         # The shard in whose bytes a record begins; one huge record may leave numbers out.
         window = (np.cumsum(sizes[rows]) - sizes[rows]) // layout.shard_bytes
         starts = np.flatnonzero(np.r_[True, window[1:] != window[:-1]])
@@ -254,7 +297,7 @@ def plan_shards(decided: pa.Table, layout: Layout) -> list[ShardPlan]:
     return plans
 
 
-def digest_of(decided: pa.Table, plans: list[ShardPlan], header: object) -> str:
+def digest_of(decided: pa.Table, plans: list[ShardPlan], header: object, kind: Kind = "instruct") -> str:
     """Return the sha256 over everything that a reader of the version can see, and over nothing else.
 
     The order of the kept records counts, since the order of samples in training is a function of digest and place.
@@ -265,14 +308,20 @@ def digest_of(decided: pa.Table, plans: list[ShardPlan], header: object) -> str:
         header: layout, rules and kind of data, as JSON can hold them.
     """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    columns = ["split", "id", "reason", "image_sha256", "content"]
+    columns = ["split", "id", "label", "reason", "image_sha256", "content"]
     kept = np.concatenate([plan.rows for plan in plans]) if plans else np.array([], dtype=np.int64)
     rejected = np.flatnonzero(decided["reason"].is_valid().to_numpy())
     for rows in (kept, rejected):
-        for batch in _batches(decided.select(columns), rows):
-            for split, sample_id, reason, image, content in zip(*(column.to_pylist() for column in batch), strict=True):
-                line = [split, sample_id, reason, image.hex() if image else None, content.hex()]
-                digest.update(json.dumps(line).encode())
+        lines = (
+            json.dumps([split, sample_id, label, reason, image.hex() if image else None, content and content.hex()])
+            for batch in _batches(decided.select(columns), rows)
+            for split, sample_id, label, reason, image, content in zip(
+                *(column.to_pylist() for column in batch), strict=True
+            )
+        )
+        # Rejected features have no order of their own.
+        for line in sorted(lines) if kind == "features" and rows is rejected else lines:
+            digest.update(line.encode())
     return digest.hexdigest()
 
 

@@ -32,13 +32,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from orchestration.assets.encoder_files import EncoderChoice, describe_choice, open_choice
-from orchestration.assets.inputs import sha256_of_file
 from orchestration.data.actor_pool import PoolConfig, run_on_actors
 from orchestration.data.dataset import read_image_columns
 from orchestration.data.manifest import (
     VERSION_LENGTH,
     Advance,
     Manifest,
+    Rejection,
     Shard,
     check_destination,
     count_splits,
@@ -52,12 +52,12 @@ from orchestration.data.manifest import (
     put_index,
     put_rejected,
     read_file,
+    rejected_table,
 )
 from orchestration.data.sets import RecordSet, read_records
 from orchestration.data.tasks import guarded
-from orchestration.datasets.shards import rejected_table
-from orchestration.datasets.validation import Rejection
 from orchestration.services import storage
+from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EncoderSpec, parquet_metadata
 from tinyemo.errors import ConfigError, DataError
 

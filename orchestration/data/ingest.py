@@ -34,9 +34,16 @@ from orchestration.data.data_card import (
     write_card,
 )
 from orchestration.data.decisions import FACT_SCHEMA, ShardPlan, decide, digest_of, plan_shards
+from orchestration.data.feature_rows import (
+    FeatureInput,
+    FeatureSource,
+    generated_features,
+    open_features,
+    stage_features,
+)
 from orchestration.data.image_files import require_root
 from orchestration.data.ingest_rules import SPLIT_NAME, IngestRules, Layout, Reason
-from orchestration.data.ingest_tasks import ShardWork, Source, check_chunks, places_by_chunk, write_shards
+from orchestration.data.ingest_tasks import RecordSource, ShardWork, Source, check_chunks, write_shards
 from orchestration.data.manifest import (
     REJECTED_SCHEMA,
     VERSION_LENGTH,
@@ -55,10 +62,10 @@ from orchestration.data.manifest import (
     put_index,
     put_rejected,
 )
-from orchestration.data.staging import Staged, read_chunk, stage_labels, stage_records
+from orchestration.data.staging import stage_labels, stage_records
 from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError, StorageError
-from tinyemo.taxonomies import TAXONOMIES, describe_taxonomy
+from tinyemo.taxonomies import TAXONOMIES, Taxonomy, describe_taxonomy, find_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +109,74 @@ class _Job:
     extra_rules: dict[str, Any]
     data: Data
     description: dict[str, Any]
+    features: FeatureInput | None = None
 
     @property
     def all_rules(self) -> dict[str, Any]:
         """The manifest's `rules`."""
+        if self.kind == "features":
+            return {"taxonomy": describe_taxonomy(self.rules.taxonomy)}
         return {**self.rules.model_dump(mode="json"), **self.extra_rules}
 
     def uri(self, folder: str) -> str:
         """Return the address of a folder of the data set."""
         return f"{self.root.rstrip('/')}/{self.name}/{folder}"
+
+
+def ingest_features(
+    source: Path | str | None,
+    *,
+    name: str,
+    root: str,
+    taxonomy: Taxonomy | str = "ekman",
+    split: str | None = None,
+    is_generated: bool = False,
+    seed: int = 0,
+    feature_width: int | None = None,
+    rows_per_shard: int | None = None,
+    is_forced: bool = False,
+    advance: Advance | None = None,
+) -> IngestReport:
+    """Store rows of features with a label each under `<root>/<name>/<version>`; see `ingest_instruct` for the rest.
+
+    Args:
+        source: a folder of <split>.parquet files, a Parquet file, or the name of an asset; None with `is_generated`.
+        name: the data set's name in S3.
+        root: `s3://bucket/folder`.
+        taxonomy: labels that are allowed; other rows are rejected.
+        split: split of a single Parquet file that has no column `split`.
+        is_generated: store seeded noise in place of `source`; the manifest says so in `data`.
+        seed: seed of the generated rows.
+        feature_width: D; None takes it from the train split.
+        rows_per_shard: rows of a shard and of its one row group; None: shards of 64 MiB in groups of 512 rows.
+        is_forced: upload again even where the version is there.
+        advance: progress callback.
+
+    Raises:
+        TinyEmoError: see `ingest_instruct`; DataError also where a file cannot be read or no row is left.
+    """
+    chosen = find_taxonomy(taxonomy)
+    if rows_per_shard is not None and rows_per_shard < 1:
+        raise ConfigError(f"rows_per_shard is {rows_per_shard}: it must be at least 1")
+    _check_arguments(split, {})
+    check_destination(name, root)
+    if is_generated == (source is not None):
+        raise ConfigError("name either a source or --generated, not both")
+    if source is None:
+        rows = generated_features(chosen.words, feature_width=feature_width or 768, seed=seed)
+    else:
+        rows = open_features(str(source), split=split, feature_width=feature_width)
+    layout = Layout(rows_per_group=512)
+    if rows_per_shard is not None:
+        row_bytes = rows.feature_width * np.dtype(rows.feature_dtype).itemsize
+        layout = Layout(rows_per_group=rows_per_shard, shard_bytes=rows_per_shard * row_bytes)
+    job = _Job("features", name, root, layout, IngestRules(taxonomy=chosen), {}, rows.data, rows.description, rows)
+
+    def stage(uri: str, advance: Advance) -> Source:
+        staged = stage_features(rows, uri, advance)
+        return FeatureSource(staged, chosen, rows.feature_width, rows.feature_dtype)
+
+    return _ingest(job, stage, None, is_forced, advance)
 
 
 def ingest_images(
@@ -143,16 +209,18 @@ def ingest_images(
     Raises:
         TinyEmoError: see `ingest_instruct`; DataError only where no image is left.
     """
-    source, folder = (None if labels is None else _absolute(labels)), _absolute(images)
+    table, folder = (None if labels is None else _absolute(labels)), _absolute(images)
+    file = _file_name(table or folder)
+    job = _Job("images", name, root, layout, rules, {}, "real", {"kind": "images", "name": file})
 
-    def stage(uri: str, advance: Advance) -> Staged:
-        return stage_labels(source, folder, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+    def stage(uri: str, advance: Advance) -> Source:
+        staged = stage_labels(table, folder, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+        return RecordSource("images", staged, file, folder, rules)
 
-    file = {"name": _file_name(source or folder)}
-    return _ingest(
-        "images", stage, folder, file, name=name, root=root, rules=rules, split=split, layout=layout,
-        is_forced=is_forced, advance=advance,
-    )  # fmt: skip
+    _check_arguments(split, {})
+    check_destination(name, root)
+    require_root(folder)
+    return _ingest(job, stage, split, is_forced, advance)
 
 
 def ingest_instruct(
@@ -194,51 +262,37 @@ def ingest_instruct(
         StorageError, PlatformError: S3, Ray or MLflow fails; the former version stays the latest.
     """
     path, folder = _absolute(records), _absolute(images)
+    description = {"kind": "records", "name": _file_name(path), **(source or {})}
+    job = _Job("instruct", name, root, layout, rules, extra_rules or {}, data, description)
 
-    def stage(uri: str, advance: Advance) -> Staged:
-        return stage_records(path, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+    def stage(uri: str, advance: Advance) -> Source:
+        staged = stage_records(path, uri, records_per_chunk=layout.records_per_chunk, advance=advance)
+        return RecordSource("instruct", staged, _file_name(path), folder, rules)
 
-    return _ingest(
-        "instruct", stage, folder, {"name": _file_name(path), **(source or {})}, name=name, root=root, rules=rules,
-        split=split, data=data, extra_rules=extra_rules, layout=layout, is_forced=is_forced, advance=advance,
-    )  # fmt: skip
+    _check_arguments(split, extra_rules or {})
+    check_destination(name, root)
+    require_root(folder)
+    return _ingest(job, stage, split, is_forced, advance)
 
 
 def _ingest(
-    kind: Kind,
-    stage: Callable[[str, Advance], Staged],
-    images: str,
-    source: dict[str, Any],
-    *,
-    name: str,
-    root: str,
-    rules: IngestRules,
-    split: str | None,
-    layout: Layout,
-    is_forced: bool,
-    advance: Advance | None,
-    data: Data = "real",
-    extra_rules: dict[str, Any] | None = None,
+    job: _Job, stage: Callable[[str, Advance], Source], split: str | None, is_forced: bool, advance: Advance | None
 ) -> IngestReport:
+    """Run the pipeline once what was asked for has been checked."""
     started = time.monotonic()
-    _check_arguments(split, extra_rules or {})
-    check_destination(name, root)
-    require_root(images)
     _require_servers()
     advance = advance or (lambda stage, done, total: None)
-    with _staging(f"{root.rstrip('/')}/{name}") as staging:
-        staged = stage(staging, advance)
-        files = {source["name"]: staged.sha256} if staged.sha256 else {}
-        description = {"kind": "records" if kind == "instruct" else "images", **source, "files": files}
-        job = _Job(kind, name, root, layout, rules, extra_rules or {}, data, description)
-        origin = Source(kind, staged, images, rules)
-        decided = decide(_check(origin, advance), rules, split, kind)
-        manifest, is_unchanged = _store(job, origin, decided, is_forced, advance)
+    with _staging(f"{job.root.rstrip('/')}/{job.name}") as staging:
+        source = stage(staging, advance)
+        if source.staged.sha256:
+            job.description["files"] = {job.description["name"]: source.staged.sha256}
+        decided = decide(_check(source, advance), job.rules, split, job.kind)
+        manifest, is_unchanged = _store(job, source, decided, is_forced, advance)
     if is_unchanged:
         point_latest_at(manifest)
         return IngestReport(manifest, True, 0, 0, time.monotonic() - started)
     publish(manifest)
-    url = show_in_mlflow(manifest)
+    url = show_in_mlflow(manifest) if manifest.card else None
     sizes = [file.num_bytes for file in manifest.files()]
     return IngestReport(manifest, False, len(sizes), sum(sizes), time.monotonic() - started, url)
 
@@ -291,7 +345,7 @@ def _check(source: Source, advance: Advance) -> pa.Table:
         tables.append(table)
         num_done += table.num_rows
         advance("check", num_done, source.staged.num_records)
-    facts = pa.concat_tables(tables).select(FACT_SCHEMA.names).sort_by("number").combine_chunks()
+    facts = pa.concat_tables(tables).sort_by("position").select(FACT_SCHEMA.names).combine_chunks()
     if facts.num_rows != source.staged.num_records:
         raise AssertionError(f"{source.staged.num_records} records staged, {facts.num_rows} checked")
     return facts
@@ -299,17 +353,23 @@ def _check(source: Source, advance: Advance) -> pa.Table:
 
 def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advance: Advance) -> tuple[Manifest, bool]:
     """Return the manifest of the version, which lacks nothing but itself, and whether it was there already."""
-    plans = plan_shards(decided, job.layout)
-    digest = digest_of(decided, plans, [2, job.kind, job.data, job.layout.model_dump(mode="json"), job.all_rules])
+    plans = plan_shards(decided, job.layout, job.kind)
+    rows = job.features
+    fields = {"feature_width": rows.feature_width, "feature_dtype": rows.feature_dtype} if rows else {}
+    header = [2, job.kind, job.data, job.layout.model_dump(mode="json"), job.all_rules, fields]
+    digest = digest_of(decided, plans, header, job.kind)
     version = digest[:VERSION_LENGTH]
-    _require_enough(job, source.staged, decided, f"failed-{version}")
+    _require_enough(job, source, decided, f"failed-{version}")
     uri = job.uri(version)
     existing = None if is_forced else existing_version(uri, digest)
     if existing is not None:
+        if rows is not None and existing.encoder != rows.encoder:  # the same rows, and now their encoder is known
+            existing = existing.model_copy(update={"encoder": rows.encoder})
+            publish(existing)
         return existing, True
     storage.delete(f"{uri}/manifest.json")  # while its files are written again, the version is not whole
     shards, pictures = _write_shards(job, source, decided, plans, uri, advance)
-    rejected = _write_rejected(job, source.staged, decided, uri)
+    rejected = _write_rejected(source, decided, uri)
     num_kept = sum(shard.rows for shard in shards)
     if decided.num_rows != num_kept + rejected.rows:
         raise AssertionError(f"{decided.num_rows} records in, {num_kept} kept, {rejected.rows} not kept")
@@ -333,14 +393,18 @@ def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advanc
         index=put_index(uri, kept, [shard.rows for shard in shards]),
         rejected=rejected,
         tasks=tasks if job.kind == "instruct" else {},
+        encoder=rows.encoder if rows else None,
         uri=uri,
+        **fields,
     )
+    if rows is not None:
+        return manifest, False
     put_file(uri, CONTACT_SHEET, contact_sheet(pictures))
     card = put_file(uri, CARD, write_card(manifest, kept).encode())
     return manifest.model_copy(update={"card": card}), False
 
 
-def _require_enough(job: _Job, staged: Staged, decided: pa.Table, folder: str) -> None:
+def _require_enough(job: _Job, source: Source, decided: pa.Table, folder: str) -> None:
     """Raise DataError where nothing is left or, of instruct records, too much is rejected; the rejected are stored."""
     reasons = count_values(decided["reason"])
     num_rejected = sum(count for reason, count in reasons.items() if not Reason(reason).is_duplicate)
@@ -355,7 +419,7 @@ def _require_enough(job: _Job, staged: Staged, decided: pa.Table, folder: str) -
                 decided.num_rows,
             )
         return
-    file = _write_rejected(job, staged, decided, job.uri(folder))
+    file = _write_rejected(source, decided, job.uri(folder))
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     what = (
         f"{num_rejected} of {decided.num_rows} records are rejected, more than max_rejected_fraction {limit:g}"
@@ -371,7 +435,7 @@ def _advice(job: _Job, decided: pa.Table) -> str:
     lost = decided.filter(pc.equal(decided["reason"], reason))
     if reason == Reason.IMAGE_MISSING:
         return f" ({lost['detail'][0].as_py()} under the images' folder; paths are relative to it)"
-    if reason != Reason.LABEL_UNKNOWN:
+    if reason not in (Reason.LABEL_UNKNOWN, Reason.UNKNOWN_LABEL):
         return ""
     seen = [word for word, _ in Counter(lost["label"].drop_null().to_pylist()).most_common(8)]
     if not seen:
@@ -393,7 +457,7 @@ def _write_shards(
     job: _Job, source: Source, decided: pa.Table, plans: list[ShardPlan], uri: str, advance: Advance
 ) -> tuple[list[Shard], list[dict[str, Any]]]:
     """The shards in the order of the plans, and small pictures of some records."""
-    sampled = _sample(decided)
+    sampled = [] if job.features else _sample(decided)
     works = [
         ShardWork(
             uri=f"{uri}/{plan.path}",
@@ -426,18 +490,14 @@ def _sample(decided: pa.Table) -> list[int]:
 
 
 def _sha256_rows(decided: pa.Table, plan: ShardPlan) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    values = decided["image_sha256"].take(pa.array(plan.rows)).to_pylist()
+    values = decided["image_sha256"].take(pa.array(plan.rows)).drop_null().to_pylist()
     return np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 32)
 
 
-def _write_rejected(job: _Job, staged: Staged, decided: pa.Table, uri: str) -> Rejected:
+def _write_rejected(source: Source, decided: pa.Table, uri: str) -> Rejected:
     """Store every record that is not kept, with its reason and its text."""
     positions = np.flatnonzero(decided["reason"].is_valid().to_numpy())
-    texts: list[str] = []
-    for chunk, places in places_by_chunk(staged, positions):
-        raws = read_chunk(staged.uri, chunk)
-        texts += [raws[place].text.decode(errors="backslashreplace") for place in places.tolist()]
+    files, texts = source.originals(positions)
     table = decided.select([name for name in REJECTED_SCHEMA.names if name not in ("record", "file")])
     table = table.take(pa.array(positions)).append_column("record", pa.array(texts, pa.string()))
-    files = pa.array([job.description["name"]] * len(texts), pa.string())
-    return put_rejected(uri, table.append_column("file", files).select(REJECTED_SCHEMA.names))
+    return put_rejected(uri, table.append_column("file", pa.array(files, pa.string())).select(REJECTED_SCHEMA.names))

@@ -104,6 +104,18 @@ class Reason(StrEnum):
     DUPLICATE_NEAR_IMAGE = "duplicate_near_image"
     """An image within `near_duplicate_bits` of this one is in a split that is held out more."""
 
+    NULL_FIELD = "null_field"
+    """Kind features: split, id, label or a number of the vector is null or empty."""
+    WRONG_WIDTH = "wrong_width"
+    """Kind features: the vector has another width than the data set."""
+    NOT_FINITE = "not_finite"
+    """Kind features: the vector holds NaN or Inf."""
+    UNKNOWN_LABEL = "unknown_label"
+    """Kind features: the label is not in the taxonomy."""
+    ID_IN_TWO_SPLITS = "id_in_two_splits"
+    """Kind features: a split that is held out more has this id."""
+    VECTOR_IN_TWO_SPLITS = "vector_in_two_splits"
+    """Kind features: a split that is held out more has this vector."""
     CONFLICTING_LABELS = "conflicting_labels"
     """Kind images: records of the same image name different labels."""
 

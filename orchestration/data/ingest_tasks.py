@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from orchestration.data.data_card import thumbnail
 from orchestration.data.decisions import FACT_SCHEMA
+from orchestration.data.feature_rows import FeatureSource
 from orchestration.data.image_files import inspect_image, path_under_root, read_ahead, require_root, stored_image
 from orchestration.data.ingest_rules import IngestRules, Layout, Reason, RejectedRecordError
-from orchestration.data.manifest import IMAGE_SCHEMA, RECORD_SCHEMA, Kind, parquet_options
+from orchestration.data.manifest import IMAGE_SCHEMA, RECORD_SCHEMA, Kind, parquet_bytes, parquet_options
 from orchestration.data.record_checks import (
     Record,
     check_labelled_image,
@@ -26,7 +27,7 @@ from orchestration.data.record_checks import (
     parse_document,
     reject,
 )
-from orchestration.data.staging import RawRecord, Staged, read_chunk
+from orchestration.data.staging import RawRecord, Staged, places_by_chunk, read_chunk
 from orchestration.data.tasks import MAX_RETRIES, guarded, run_unordered
 from orchestration.services import storage
 from tinyemo.errors import DataError
@@ -47,12 +48,14 @@ WRITTEN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Source:
+class RecordSource:
     """Places of an ingest's records and images, and the rules for them; travels to the tasks."""
 
     kind: Kind
     """images or instruct."""
     staged: Staged
+    file: str
+    """Name of the input file."""
     images: str
     rules: IngestRules
 
@@ -65,9 +68,19 @@ class Source:
         if raw.problem is not None:
             reject(Reason(raw.reason), raw.problem)
         document = parse_document(raw.text)
-        return (
-            check_labelled_image(document, self.rules) if self.kind == "images" else check_record(document, self.rules)
-        )
+        check = check_labelled_image if self.kind == "images" else check_record
+        return check(document, self.rules)
+
+    def originals(self, positions: NDArray[np.int64]) -> tuple[list[str], list[str | None]]:
+        """Return the file name and text of each record at the ascending `positions` of the input."""
+        texts: list[str | None] = []
+        for chunk, places in places_by_chunk(self.staged, positions):
+            raws = read_chunk(self.staged.uri, chunk)
+            texts += [raws[place].text.decode(errors="backslashreplace") for place in places.tolist()]
+        return [self.file] * len(texts), texts
+
+
+Source = RecordSource | FeatureSource
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ def check_chunk(source: Source, chunk: int) -> pa.Table:
         DataError: the images' folder is not on this node.
         StorageError: S3 fails.
     """
+    if isinstance(source, FeatureSource):
+        return source.check(chunk)
     require_root(source.images)
     rows: list[dict[str, Any]] = []
     by_path: dict[str, list[int]] = {}
@@ -111,7 +126,7 @@ def check_chunk(source: Source, chunk: int) -> pa.Table:
     return pa.Table.from_pylist(rows, FACT_SCHEMA)
 
 
-def _check_text(raw: RawRecord, source: Source) -> tuple[dict[str, Any], str | None]:
+def _check_text(raw: RawRecord, source: RecordSource) -> tuple[dict[str, Any], str | None]:
     """Return the facts about a record's text, and its image's path where there is something to check."""
     try:
         record = source.read(raw)
@@ -165,27 +180,17 @@ def _hash16(data: bytes) -> bytes:
 
 
 def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, Any]:
-    """Store one shard; its path is the caller's. Returns num_bytes, sha256, rows, and pictures of the sampled records.
+    """Store one shard and return its num_bytes, sha256, rows, and pictures of the sampled records.
 
     Raises:
         DataError: an image is not the one that was checked.
         StorageError: S3 fails.
     """
-    buffer = io.BytesIO()
     pictures: list[dict[str, Any]] = []
-    schema = IMAGE_SCHEMA if source.kind == "images" else RECORD_SCHEMA
-    with pq.ParquetWriter(buffer, schema, **parquet_options(schema)) as writer:
-        group: list[dict[str, Any]] = []
-        for place, row in enumerate(_rows(source, work)):
-            group.append(row)
-            if place in work.sampled:
-                pictures.append({"image": thumbnail(row["image"]), "task": row["task"], "label": row["label"]})
-            if len(group) == layout.rows_per_group:
-                writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
-                group.clear()
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
-    data = buffer.getvalue()
+    if isinstance(source, FeatureSource):
+        data = parquet_bytes(source.tables(work.positions), layout.rows_per_group)
+    else:
+        data = _record_shard(source, layout, work, pictures)
     storage.write_bytes(work.uri, data)
     return {
         "uri": work.uri,
@@ -196,7 +201,23 @@ def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, An
     }
 
 
-def _rows(source: Source, work: ShardWork) -> Iterator[dict[str, Any]]:
+def _record_shard(source: RecordSource, layout: Layout, work: ShardWork, pictures: list[dict[str, Any]]) -> bytes:
+    """Return a Parquet file of images or records, made group by group; pictures of sampled ones join `pictures`."""
+    buffer = io.BytesIO()
+    schema = IMAGE_SCHEMA if source.kind == "images" else RECORD_SCHEMA
+    with pq.ParquetWriter(buffer, schema, **parquet_options(schema)) as writer:
+        group: list[dict[str, Any]] = []
+        for place, row in enumerate(_rows(source, work), start=1):
+            group.append(row)
+            if place - 1 in work.sampled:
+                pictures.append({"image": thumbnail(row["image"]), "task": row["task"], "label": row["label"]})
+            if len(group) == layout.rows_per_group or place == len(work.positions):
+                writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=len(group))
+                group.clear()
+    return buffer.getvalue()
+
+
+def _rows(source: RecordSource, work: ShardWork) -> Iterator[dict[str, Any]]:
     """Yield the shard's records as RECORD_SCHEMA has them."""
     require_root(source.images)
     rules = source.rules
@@ -231,7 +252,7 @@ def _rows(source: Source, work: ShardWork) -> Iterator[dict[str, Any]]:
         }
 
 
-def _records(source: Source, positions: NDArray[np.int64]) -> Iterator[Record]:
+def _records(source: RecordSource, positions: NDArray[np.int64]) -> Iterator[Record]:
     """Yield the records at ascending positions of the input; one chunk is in memory at a time."""
     for chunk, places in places_by_chunk(source.staged, positions):
         raws = read_chunk(source.staged.uri, chunk)
@@ -239,23 +260,17 @@ def _records(source: Source, positions: NDArray[np.int64]) -> Iterator[Record]:
             yield source.read(raws[place])
 
 
-def places_by_chunk(staged: Staged, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each chunk that holds some of the ascending positions, with their places in it."""
-    starts = np.array(staged.starts)
-    chunks = np.searchsorted(starts, positions, side="right") - 1
-    for chunk in np.unique(chunks).tolist():
-        yield chunk, positions[chunks == chunk] - starts[chunk]
-
-
 def check_chunks(source: Source) -> Iterator[pa.Table]:
-    """Yield the facts of every chunk, as tasks get done, so in no order; call `connect` first.
+    """Yield the facts of every chunk and their position in the input, as tasks get done; call `connect` first.
 
     Raises:
         DataError, StorageError: see `check_chunk`.
     """
 
     def check(batch: pa.Table) -> pa.Table:
-        return pa.concat_tables([check_chunk(source, chunk) for chunk in batch["chunk"].to_pylist()])
+        (chunk,) = batch["chunk"].to_pylist()
+        facts = check_chunk(source, chunk)
+        return facts.append_column("position", pa.array(source.staged.starts[chunk] + np.arange(facts.num_rows)))
 
     return _run([{"chunk": chunk} for chunk in range(source.staged.num_chunks)], check)
 

@@ -21,6 +21,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -224,6 +226,24 @@ def id_hash(sample_id: str) -> int:
 def held_out_rank(split: str) -> tuple[int, str]:
     """Return the sort key of a split: of several splits that hold a record, the first one keeps it."""
     return _HELD_OUT_ORDER.get(split, 2), split
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One image or row that is not kept; `row` is its place in its split, from 0."""
+
+    split: str | None
+    id: str | None
+    label: str | None
+    row: int
+    reason: StrEnum
+    detail: str
+
+
+def rejected_table(rejections: list[Rejection]) -> pa.Table:
+    """Return REJECTED_SCHEMA, one line for each rejection."""
+    rows = [vars(item) | {"number": item.row + 1, "reason": str(item.reason)} for item in rejections]
+    return pa.Table.from_pylist(rows, REJECTED_SCHEMA)
 
 
 # Reading a version

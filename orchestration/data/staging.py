@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from orchestration.data.ingest_rules import Reason
 from orchestration.data.manifest import Advance
@@ -324,3 +326,11 @@ def read_chunk(uri: str, chunk: int) -> list[RawRecord]:
     """
     table = pa.ipc.open_stream(storage.read_bytes(f"{uri}/{_chunk_name(chunk)}")).read_all()
     return [RawRecord(**row) for row in table.to_pylist()]
+
+
+def places_by_chunk(staged: Staged, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each chunk that holds some of the ascending positions, with their places in it."""
+    starts = np.array(staged.starts)
+    chunks = np.searchsorted(starts, positions, side="right") - 1
+    for chunk in np.unique(chunks).tolist():
+        yield chunk, positions[chunks == chunk] - starts[chunk]

@@ -11,9 +11,9 @@ from typing import Any
 
 from orchestration.assets.catalogue import CATALOGUE, cache_folder, find_asset, get_asset
 from orchestration.assets.encoder_files import choose_encoder, describe_choice
-from orchestration.assets.inputs import sha256_of_file
 from orchestration.recipe import Recipe
 from orchestration.services import storage
+from orchestration.services.storage import sha256_of_file
 from tinyemo.encoder_folders import WEIGHTS_MARK
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import AssetError, ConfigError, DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestration.assets.catalogue import cache_folder
-from orchestration.assets.inputs import sha256_of_file
+from orchestration.services.storage import sha256_of_file
 from tinyemo.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pytest
 from feature_files import MIRROR
 from job_runner import Jobs, platform_environment
@@ -134,6 +135,21 @@ def cluster(s3_server: dict[str, str]) -> Iterator[str]:
             yield context.address_info["address"]
         finally:
             ray.shutdown()
+
+
+@pytest.fixture
+def tasks_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run an ingest's tasks one after the other in this process, for tests of what is stored rather than of Ray."""
+    from orchestration.data import ingest, ingest_tasks
+
+    def run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table], **_: Any) -> Iterator[pa.Table]:
+        for item in items:
+            table = work(pa.Table.from_pylist([item]))
+            assert "failure" not in table.column_names, table.to_pylist()
+            yield table
+
+    monkeypatch.setattr(ingest_tasks, "run_unordered", run)
+    monkeypatch.setattr(ingest, "_require_servers", lambda: None)
 
 
 @pytest.fixture(scope="session")

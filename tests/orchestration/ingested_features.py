@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestration.data.ingest import IngestReport, ingest_features
 from orchestration.data.manifest import Manifest
-from orchestration.datasets.ingest import IngestReport, ingest_features
 from orchestration.services import storage
 from tinyemo.errors import TinyEmoError
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from vision_files import CLIP_WIDTH, EKMAN, OTHER
 
 from orchestration.cli import app
+from orchestration.data.ingest import ingest_features
 from orchestration.data.manifest import load_manifest
-from orchestration.datasets.ingest import ingest_features
 from orchestration.jobs.prepare import prepare
 from orchestration.recipe import parse_recipe
 from tinyemo.config import ProjectorConfig
@@ -24,6 +24,8 @@ from tinyemo.encoders import EncoderInfo, card_entries, parquet_metadata
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.label_embeddings import embed_labels, known_words
 from tinyemo.projector import MetricProjector
+
+pytestmark = pytest.mark.usefixtures("tasks_in_process")
 
 
 def test_ingested_features_keep_the_encoder_that_their_files_name(s3_root: str, tmp_path: Path) -> None:

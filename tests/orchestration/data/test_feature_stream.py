@@ -14,13 +14,15 @@ import torch
 
 from orchestration.data.batch import Batch
 from orchestration.data.dataset import carve_validation
+from orchestration.data.ingest import ingest_features
 from orchestration.data.stream import Stream
-from orchestration.datasets.ingest import ingest_features
 from orchestration.jobs.prepare import Preparation, prepare
 from orchestration.recipe import parse_recipe
 from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError, TrainingError
 from tinyemo.taxonomies import TAXONOMIES
+
+pytestmark = pytest.mark.usefixtures("tasks_in_process")
 
 WIDTH = 512
 EKMAN = TAXONOMIES["ekman"].words

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from feature_files import good_rows, write_splits
 
+from orchestration.data.ingest import ingest_features
 from orchestration.data.manifest import (
     INDEX_SCHEMA,
     Manifest,
@@ -19,9 +20,10 @@ from orchestration.data.manifest import (
     read_index,
     verify_manifest,
 )
-from orchestration.datasets.ingest import ingest_features
 from orchestration.services import storage
 from tinyemo.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("tasks_in_process")
 
 
 @pytest.fixture

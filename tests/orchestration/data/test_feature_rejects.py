@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingested_features import ingest, read_split, rejected
 
+pytestmark = pytest.mark.usefixtures("tasks_in_process")
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -29,7 +31,7 @@ def test_each_bad_row_is_rejected_with_its_reason(s3_root: str, tmp_path: Path) 
         ("inf", [INF, -INF, *good[6][2:].tolist()], "joy", "not_finite", "2 NaN or Inf"),
         ("word", good[7], "hangry", "unknown_label", "'hangry' is not a label of ekman"),
         ("other-taxonomy", good[8], "awe", "unknown_label", "'awe' is not a label of ekman"),
-        ("ok-1", good[9], "joy", "duplicate_id", "row 1 of the same split"),
+        ("ok-1", good[9], "joy", "duplicate_id", "row 2 of the same split"),
     ]
     ids = ["ok-0", "ok-1", *(row[0] for row in bad)]
     table = rows(ids, [good[20], good[21], *(row[1] for row in bad)], ["joy", " Fear ", *(row[2] for row in bad)])

@@ -1,1 +1,0 @@
-"""What lies in S3: versioned manifests, shards, validation of rows, splits."""
