@@ -214,7 +214,7 @@ def test_a_process_killed_while_it_compiled_stops_nobody(tmp_path: Path) -> None
     code = (
         "import os, pathlib, sys; import orchestration.services.engine as engine;"
         "engine._collectives_folder = lambda: pathlib.Path(sys.argv[1]);"
-        "import deepspeed.comm.torch as comm;"
+        "import deepspeed.comm.torch; comm = sys.modules['deepspeed.comm.torch'];"
         "comm.build_shm_op = lambda: print(os.environ['TORCH_EXTENSIONS_DIR']);"
         "engine.load_collectives()"
     )
