@@ -99,9 +99,9 @@ class ReadHere:
 
 def store_batches(recipe: Recipe, folder: Path) -> None:
     """The run's micro-batches as each rank of the job gets them, for the twin."""
+    from orchestration.assets.models import describe_sources
     from orchestration.jobs.prepare import prepare_reasoning
     from orchestration.jobs.steps import Inputs
-    from orchestration.reasoning.sources import describe_sources
     from tinyemo.conversation import IMAGE_TOKEN_ID
 
     sources = describe_sources(recipe)
@@ -210,7 +210,7 @@ def measure_curves() -> dict[str, Any]:
 def zero_row(zero_stage: int) -> dict[str, Any]:
     """Two steps of full fine-tuning on this rank; bytes counted before the second optimizer step."""
     from orchestration.jobs.reasoner import start_stage
-    from orchestration.reasoning.weights import build_for_stage
+    from orchestration.jobs.stage_weights import build_for_stage
     from orchestration.services.engine import accumulate, state_bytes
 
     content = {

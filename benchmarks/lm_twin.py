@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script
 
-from orchestration.reasoning.weights import build_for_stage
+from orchestration.jobs.stage_weights import build_for_stage
 from orchestration.recipe import Recipe
 from orchestration.services.engine import load_collectives
 

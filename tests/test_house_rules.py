@@ -81,3 +81,10 @@ def test_private_modules_of_other_packages_stand_in_the_architecture() -> None:
     documented = (ROOT / "docs" / "architecture.md").read_text()
     used = {name for package in PACKAGES[:3] for path in files(package) for name in private_modules(path)}
     assert {name for name in used if name not in documented} == set()
+
+
+def test_file_names_are_unique_in_orchestration() -> None:
+    """A newcomer finds a subject by its file name; commands in cli/ are named after what they run."""
+    paths = [path for path in files("orchestration") if path.name != "__init__.py" and path.parent.name != "cli"]
+    names = [path.name for path in paths]
+    assert {str(path.relative_to(ROOT)) for path in paths if names.count(path.name) > 1} == set()

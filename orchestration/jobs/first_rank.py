@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from orchestration.reasoning.weights import prepare_stage
+from orchestration.jobs.stage_weights import prepare_stage
 from orchestration.recipe.stage_config import StageConfig
 from tinyemo.errors import TinyEmoError
 from tinyemo.reasoner.model import Reasoner

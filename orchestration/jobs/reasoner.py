@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from orchestration.assets.models import tokenizer_source
 from orchestration.data.partners import with_partners
 from orchestration.jobs.checkpoints import Done, read_curve
 from orchestration.jobs.evaluation import CONDITIONS, ROWS, EvaluationJob, summarise
 from orchestration.jobs.first_rank import build_on_first_rank, give_freed_memory_back
 from orchestration.jobs.model_card import model_card
 from orchestration.jobs.results import ReasonerResult, StageResult
+from orchestration.jobs.stage_weights import TRAINED_WEIGHTS, build_for_stage
 from orchestration.jobs.steps import Inputs, Meter, mean_loss, train_micro_batches
 from orchestration.jobs.worker import Point, Stage
-from orchestration.reasoning.sources import tokenizer_source
-from orchestration.reasoning.weights import TRAINED_WEIGHTS, build_for_stage
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage, tracking

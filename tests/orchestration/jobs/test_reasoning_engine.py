@@ -15,8 +15,8 @@ from orchestration.data.batch import Batch
 from orchestration.data.plan import rank_slice
 from orchestration.jobs.first_rank import build_on_first_rank
 from orchestration.jobs.reasoner import start_stage
+from orchestration.jobs.stage_weights import prepare_stage
 from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
-from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict

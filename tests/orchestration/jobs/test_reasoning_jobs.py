@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestration.data.stream import Stream
 from orchestration.jobs.prepare import prepare_reasoning
+from orchestration.jobs.stage_weights import build_for_stage
 from orchestration.jobs.steps import Inputs, losses_by_record
-from orchestration.reasoning.weights import build_for_stage
 from orchestration.recipe import load_recipe
 from orchestration.services import storage, tracking
 from tinyemo.errors import ConfigError

@@ -15,8 +15,8 @@ from orchestration.jobs.checkpoints import StageState
 from orchestration.jobs.evaluation import measure_records, summarise
 from orchestration.jobs.model_card import evaluation_lines
 from orchestration.jobs.paired import compare_runs
+from orchestration.jobs.stage_weights import prepare_stage
 from orchestration.jobs.steps import Inputs
-from orchestration.reasoning.weights import prepare_stage
 from orchestration.recipe import parse_recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage

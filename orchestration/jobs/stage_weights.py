@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers.utils import logging as hf_logging
 
 from orchestration.assets.encoder_files import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
-from orchestration.reasoning.sources import fetch_llm, public_name
+from orchestration.assets.models import fetch_llm, public_name
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage

@@ -10,7 +10,7 @@ import torch
 from tiny_reasoners import text_config
 from transformers import AutoModelForCausalLM
 
-from orchestration.reasoning.sources import describe_sources, fetch_llm
+from orchestration.assets.models import describe_sources, fetch_llm
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services import storage
 from tinyemo.errors import AssetError, ConfigError, StorageError

@@ -1,1 +1,0 @@
-"""The reasoning model's jobs: stages of training, evaluation, export, explanations."""
