@@ -139,8 +139,8 @@ def _deepspeed_config(
         "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world_size),
         # DeepSpeed 0.19.8 clips at 1.0 where nothing is said.
         "gradient_clipping": gradient_clipping,
-        # Sums of many bf16 gradients lose what a single one adds.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Sums of many bf16 gradients lose what a single one adds. Without ZeRO, DeepSpeed 0.19.8 has no other sums.
+        "data_types": {"grad_accum_dtype": "fp32"} if engine.zero_stage else {},
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,
         "bf16": {"enabled": dtype is torch.bfloat16},
