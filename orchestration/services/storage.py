@@ -161,8 +161,10 @@ def _describe_answer(code: str, uri: str, where: str) -> StorageError:
     if code in _MISSING_CODES:
         return MissingObjectError(f"{uri} does not exist at {where}: check the address")
     if code in _CREDENTIAL_CODES:
+        # A key of least rights gets this answer also where the bucket does not exist.
         return StorageError(
-            f"{where} refuses the credentials for {uri} ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{where} refuses the credentials for {uri} ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            f"and that the bucket {urlsplit(uri).netloc!r} exists and admits them"
         )
     return StorageError(f"{where} answered {code} for {uri}: look into the log of the S3 server")
 

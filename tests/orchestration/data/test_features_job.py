@@ -232,7 +232,7 @@ def test_what_cannot_become_features_is_refused(cluster: str, s3_root: str, tiny
     unlabelled = write_records(s3_root, [with_image(number, photograph(number)) for number in range(3)])
     with pytest.raises(DataError, match=r"none of 3 images of .* has a label"):
         make_features(unlabelled.uri, choice, name="none", root=s3_root)
-    with pytest.raises(ConfigError, match="--name drawn is the instruct data set itself"):
+    with pytest.raises(ConfigError, match="--name drawn is the data set itself"):
         make_features(f"{s3_root}/drawn", choice, name="drawn", root=s3_root)
     with pytest.raises(DataError, match="no data set at"):
         make_features(f"{s3_root}/nothing", choice, name="none", root=s3_root)

@@ -45,8 +45,8 @@ def test_a_recipe_gets_all_its_errors_at_once(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        (["data.dataset=s3://no-such-bucket/emotion6"], {}, "bucket 'no-such-bucket' does not exist"),
-        (["checkpoint.root=s3://no-such-bucket/runs"], {}, "bucket 'no-such-bucket' does not exist"),
+        (["data.dataset=s3://no-such-bucket/emotion6"], {}, "that the bucket 'no-such-bucket' exists and admits"),
+        (["checkpoint.root=s3://no-such-bucket/runs"], {}, "that the bucket 'no-such-bucket' exists and admits"),
         (["data.dataset=s3://tinyemo/datasets/no-such"], {}, "no data set at s3://tinyemo/datasets/no-such"),
         ([], {"AWS_SECRET_ACCESS_KEY": "wrong"}, "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ([], {"AWS_ENDPOINT_URL": f"http://{CLOSED}"}, f"S3 at http://{CLOSED} does not answer"),
