@@ -54,6 +54,10 @@ LOST_NAMES = re.compile(
 )
 LOST_TEXT = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|preempt", re.IGNORECASE)
 """Messages of a collective whose peer has gone: torch raises plain RuntimeError for gloo."""
+LOST_S3 = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|REQUEST_TIMEOUT|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|SLOW_DOWN|THROTTLING)"
+)
+"""Messages of a request that S3 did not answer: pyarrow, which stores Ray Train's checkpoints, raises plain OSError."""
 _WRAPPERS = ("cause", "_base_exc", "controller_failure")
 
 
@@ -263,7 +267,8 @@ def is_lost(error: BaseException) -> bool:
         return False  # The actor's own constructor raised.
     if isinstance(error, LOST) or LOST_NAMES.match(type(error).__name__):
         return True
-    return isinstance(error, RuntimeError) and bool(LOST_TEXT.search(str(error)))
+    pattern = LOST_S3 if isinstance(error, OSError) else LOST_TEXT
+    return isinstance(error, OSError | RuntimeError) and bool(pattern.search(str(error)))
 
 
 def unwrapped(error: BaseException) -> Iterator[BaseException]:

@@ -11,6 +11,7 @@ from orchestration.jobs.attempts import _raise_if_ours
 from tinyemo.errors import DataError, LostLeaseError, TrainingError
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16308")
+UPLOAD = "When initiating multiple part upload for key 'runs/a' in bucket 'tinyemo': AWS Error {} during UploadPart"
 
 
 def raised_by_workers(*errors: Exception) -> WorkerGroupError:
@@ -27,10 +28,12 @@ def raised_by_workers(*errors: Exception) -> WorkerGroupError:
         raised_by_workers(GLOO, ray.exceptions.ActorDiedError()),
         WorkerGroupError("failed", {0: ray.exceptions.ActorDiedError(), 1: WorkerHealthCheckTimeoutError("poll")}),
         raised_by_workers(ConnectionResetError("reset")),
+        raised_by_workers(OSError(UPLOAD.format("NETWORK_CONNECTION"))),
+        ControllerError(OSError(UPLOAD.format("SERVICE_UNAVAILABLE"))),
         ControllerError(ray.exceptions.ActorUnavailableError("gone", None)),
         ray.exceptions.NodeDiedError("preempted"),
     ],
-    ids=["peer lost", "rank and peer", "killed", "network", "controller", "node"],
+    ids=["peer lost", "rank and peer", "killed", "network", "s3", "s3 in controller", "controller", "node"],
 )
 def test_what_was_lost_is_tried_again(error: Exception) -> None:
     _raise_if_ours(error)
@@ -50,6 +53,11 @@ def test_a_defect_ends_the_run_at_once(error: Exception, caplog: pytest.LogCaptu
         _raise_if_ours(error)
     assert "\n" not in str(caught.value)
     assert "failed" in caplog.text
+
+
+def test_an_upload_that_s3_refuses_is_a_defect() -> None:
+    with pytest.raises(TrainingError, match=r"a worker raised OSError: .* AWS Error ACCESS_DENIED"):
+        _raise_if_ours(raised_by_workers(OSError(UPLOAD.format("ACCESS_DENIED")), GLOO))
 
 
 def test_memory_of_a_gpu_is_a_defect_and_not_a_lost_worker() -> None:
