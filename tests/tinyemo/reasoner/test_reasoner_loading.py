@@ -126,7 +126,8 @@ def test_a_reasoner_reads_photographs_with_real_weights(smollm2: PreTrainedModel
     mean, std = torch.tensor(spec.preprocessing.mean), torch.tensor(spec.preprocessing.std)
     found = model.vision_tower(((raw.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous())
     assert found.patches.shape == (2, 49, 1280)
-    torch.testing.assert_close(found.patches, expected.patches)
+    # The encoder alone runs with fused batch norms, which round otherwise.
+    torch.testing.assert_close(found.patches, expected.patches, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.pooled, expected.pooled)
     weights = model.language_model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in smollm2.state_dict().items())
