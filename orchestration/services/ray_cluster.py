@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -54,6 +56,9 @@ def connect() -> None:
             f"the Ray cluster at {address} does not answer or refuses the token of RAY_AUTH_TOKEN_PATH "
             f"({last_line(error)})"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's C++ code prints a stack trace before it calls this handler; setting the handler again removes that.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def require_cluster(error: Exception) -> None:
