@@ -391,17 +391,28 @@ def open_run(
             new = {key: text for key, text in texts.items() if key not in opened[0].params}
             _log_texts(client, opened[0].run_id, new, {})
 
-    try:
-        _finish(start)
-        info = opened[0]
-        yield RunHandle(info.run_id, info.url, info.experiment_id, RunLogger(info.run_id))
-    except LostLeaseError:
-        raise  # the run belongs to another driver now
-    except BaseException as error:
+    closed: list[str] = []
+
+    def close(error: BaseException) -> None:
         # SystemExit too: Ray turns SIGTERM into it. GeneratorExit comes where a KeyboardInterrupt left the block.
         is_stopped = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
         for run in opened:
-            _close_after(error, run, "KILLED" if is_stopped else "FAILED")
+            if run.run_id not in closed:
+                _close_after(error, run, "KILLED" if is_stopped else "FAILED")
+                closed.append(run.run_id)
+
+    try:
+        try:
+            _finish(start)
+            info = opened[0]
+            yield RunHandle(info.run_id, info.url, info.experiment_id, RunLogger(info.run_id))
+        except LostLeaseError:
+            raise  # the run belongs to another driver now
+        except BaseException as error:
+            close(error)
+            raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        close(error)  # a second signal came before the run was closed
         raise
     _finish(lambda: end_run(info.run_id, "FINISHED"))
 

@@ -130,7 +130,7 @@ def _write_photographs(folder: Path) -> None:
         Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
         turns = [{"from": "human", "value": f"<image>\nWhat is in picture {number}?"}]
         turns.append({"from": "gpt", "value": f"Colours, for the {number}th time."})
-        records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+        records.append({"id": str(number), "image": f"{number}.jpg", "label": "joy", "conversations": turns})
     (folder / "records.json").write_text(json.dumps(records))
 
 
