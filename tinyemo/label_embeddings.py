@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tinyemo.atomic_files import write_atomically
 from tinyemo.embedding_tables import EmbeddingTable
 from tinyemo.errors import DataError
+from tinyemo.local_files import write_atomically
 from tinyemo.taxonomies import TAXONOMIES, Taxonomy, canonical_word, render
 
 METADATA_KEY = "label_embeddings"

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from tinyemo.atomic_files import write_atomically
 from tinyemo.config import ProjectorConfig
 from tinyemo.distributed import GlobalBatchNorm1d, GlobalDropout, at_least_float32
 from tinyemo.errors import DataError
 from tinyemo.label_embeddings import LabelEmbeddings
+from tinyemo.local_files import write_atomically
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "projector.safetensors"

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestration.assets import sources as asset_sources
 from orchestration.assets import vision as vision_assets
-from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EFFICIENTNET_FILE, UNKNOWN, EncoderInfo
 from tinyemo.errors import AssetError, ConfigError, DataError
+from tinyemo.local_files import sha256_of_file
 
 if TYPE_CHECKING:
     from tinyemo.embedding_tables import EmbeddingTable

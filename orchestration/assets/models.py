@@ -13,11 +13,11 @@ from orchestration.assets.catalogue import CATALOGUE, cache_folder, find_asset, 
 from orchestration.assets.encoder_files import choose_encoder, describe_choice
 from orchestration.recipe import Recipe
 from orchestration.services import storage
-from orchestration.services.storage import sha256_of_file
 from tinyemo.encoder_folders import WEIGHTS_MARK
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import AssetError, ConfigError, DataError
 from tinyemo.families import FAMILY
+from tinyemo.local_files import sha256_of_file
 from tinyemo.reasoner.sources import find_gguf, is_random, preset_name
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")

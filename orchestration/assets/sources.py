@@ -27,8 +27,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestration.services.storage import sha256_of_file
 from tinyemo.errors import AssetError
+from tinyemo.local_files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 

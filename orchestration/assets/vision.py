@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.assets.sources import PinnedWheel, checkout_paths, copy_pinned, file_from_wheel, mirror_folder
-from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EFFICIENTNET_FILE
 from tinyemo.errors import AssetError
+from tinyemo.local_files import sha256_of_file
 
 OASIS_NORMS = "norms.csv"
 OASIS_IMAGES = "images"

@@ -25,9 +25,9 @@ from orchestration.data.ingest_rules import SPLIT_NAME, Reason
 from orchestration.data.manifest import Advance, id_hash, parquet_bytes
 from orchestration.data.staging import Staged, places_by_chunk
 from orchestration.services import storage
-from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EncoderInfo, encoder_in_metadata
 from tinyemo.errors import DataError
+from tinyemo.local_files import sha256_of_file
 from tinyemo.taxonomies import Taxonomy
 
 BATCH_ROWS = 1024

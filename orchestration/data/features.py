@@ -57,9 +57,9 @@ from orchestration.data.manifest import (
 from orchestration.data.sets import RecordSet, read_records
 from orchestration.data.tasks import guarded
 from orchestration.services import storage
-from orchestration.services.storage import sha256_of_file
 from tinyemo.encoders import EncoderSpec, parquet_metadata
 from tinyemo.errors import ConfigError, DataError
+from tinyemo.local_files import sha256_of_file
 
 if TYPE_CHECKING:
     from tinyemo.features import FeatureTable

@@ -7,7 +7,6 @@ The endpoint and the credentials come from the environment alone: `AWS_ENDPOINT_
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -421,12 +420,6 @@ def _list_objects(uri: str) -> list[tuple[str, Any]]:
             # Some servers list folders.
             found += [(f"s3://{bucket}/{item['Key']}", item) for item in items if not item["Key"].endswith("/")]
     return sorted(found, key=lambda pair: pair[0])
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload_file(path: Path, uri: str) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from orchestration.assets.catalogue import cache_folder
-from orchestration.services.storage import sha256_of_file
 from tinyemo.errors import DataError
+from tinyemo.local_files import sha256_of_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 Part = Literal["projector", "model"]
