@@ -47,7 +47,7 @@ demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show
 test: setup ## The whole suite but gpu
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
-smoke: setup ## The tests that need no server, under two minutes; for the moment before a commit
+smoke: setup ## The tests that need no server; for the moment before a commit
 	$(BIN)/python -m pytest -q -m "not server and not slow and not cluster and not gpu" --numprocesses 2 --dist loadfile
 
 test-gpu: setup ## The tests that need a GPU
