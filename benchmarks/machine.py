@@ -1,4 +1,4 @@
-"""What a benchmark's JSON says of where it ran, and how it is written."""
+"""The machine and commit of a benchmark, and its JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stream does when workers die, beside a training step, and with a million rows."""
+"""Streaming under hardship: killed workers, a training step beside it, and a million rows."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def find_asset(name: str) -> Asset:
 
 
 def cache_folder() -> Path:
-    """Where assets are kept: TINYEMO_CACHE, else ~/.cache/tinyemo."""
+    """Return the folder that keeps assets: TINYEMO_CACHE, else ~/.cache/tinyemo."""
     cache = os.environ.get("TINYEMO_CACHE")
     return Path(cache).expanduser() if cache else Path.home() / ".cache" / "tinyemo"
 
@@ -203,7 +203,7 @@ def get_from_sources(asset: Asset, *, is_refreshed: bool = False) -> Path:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What `get_asset` noted about a folder: asset, source, revision, rows and digests, sha256 of each file.
+    """Read the note of `get_asset` about a folder: asset, source, revision, rows and digests, sha256 of each file.
 
     Raises:
         AssetError: where there is no such note.
@@ -240,7 +240,7 @@ def _fetch(asset: Asset, scratch: Path) -> Path:
 
 
 def _find_problem(asset: Asset, folder: Path) -> str | None:
-    """What is wrong with a folder of the cache, None where all is well."""
+    """Return the problem of a folder of the cache, or None where all is well."""
     try:
         files = read_provenance(folder).get("files", {})
     except AssetError as error:

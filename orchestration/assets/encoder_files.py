@@ -1,4 +1,4 @@
-"""Where a vision encoder's files are: an asset, a folder of the user's, or a pinned commit on the Hugging Face hub."""
+"""A vision encoder's files: an asset, a folder of the user's, or a pinned commit on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestration.assets.catalogue import get_asset
+from orchestration.assets.model_files import fetch_from_hub
 from tinyemo.encoder_folders import describe_encoder
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec
 from tinyemo.errors import AssetError, ConfigError
@@ -22,7 +23,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """What a user asked for; checked, but nothing fetched."""
+    """An encoder that a user named; the name is checked, nothing is fetched yet."""
 
     name: str
     """efficientnet-lite0, an absolute folder, or owner/name on the hub."""
@@ -31,7 +32,7 @@ class EncoderChoice:
 
 
 def choose_encoder(name: str, revision: str | None = None) -> EncoderChoice:
-    """The encoder of that name.
+    """Return the encoder that a name stands for.
 
     Raises:
         ConfigError: there is no such folder, or a hub name comes without the commit that pins it.
@@ -50,18 +51,18 @@ def choose_encoder(name: str, revision: str | None = None) -> EncoderChoice:
 
 
 def describe_choice(choice: EncoderChoice) -> EncoderSpec:
-    """What the encoder is and yields; of a hub repository only the configuration is fetched.
+    """Describe an encoder and its features; fetches only the configuration of a hub repository.
 
     Raises:
         AssetError: no source of its files answers.
-        DataError: they hold no encoder that we know.
+        DataError: the files hold no encoder of a known kind.
     """
     folder = fetch(choice, CONFIG_FILES)
     return describe_encoder(folder, name=_public_name(choice), revision=choice.revision)
 
 
 def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str, batch_size: int | None = None) -> VisionEncoder:
-    """The encoder with its weights, on any node.
+    """Load an encoder with its weights on this node.
 
     Raises:
         AssetError: no source of its files answers.
@@ -73,12 +74,12 @@ def open_choice(choice: EncoderChoice, spec: EncoderSpec, device: str, batch_siz
 
 
 def _public_name(choice: EncoderChoice) -> str:
-    """What manifests call it; a path of this machine says nothing elsewhere."""
+    """Return the name that manifests show: of a local folder only its last part."""
     return Path(choice.name).name if Path(choice.name).is_absolute() else choice.name
 
 
 def fetch(choice: EncoderChoice, patterns: tuple[str, ...]) -> Path:
-    """A folder with the encoder's files of these patterns."""
+    """Return a folder on this node with the encoder's files of these patterns."""
     if choice.name == EFFICIENTNET_LITE0:
         return get_asset(EFFICIENTNET_LITE0)
     if choice.revision is None:
@@ -86,13 +87,4 @@ def fetch(choice: EncoderChoice, patterns: tuple[str, ...]) -> Path:
         if not folder.is_dir():
             raise AssetError(f"{folder} is not on this node: put the encoder's folder on every node")
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(choice.name, revision=choice.revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AssetError(
-            f"the hub does not yield {choice.name} at {choice.revision[:12]} ({reason}): reach it, or name a folder"
-        ) from error
+    return fetch_from_hub(choice.name, choice.revision, patterns)

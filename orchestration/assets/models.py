@@ -1,18 +1,17 @@
-"""What the parts of a recipe's reasoning model are and where their files lie; real ones are described without torch."""
+"""The parts of a recipe's reasoning model and their files; real ones are described without torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestration.assets.catalogue import CATALOGUE, cache_folder, find_asset, get_asset
+from orchestration.assets.catalogue import CATALOGUE, find_asset, get_asset
 from orchestration.assets.encoder_files import choose_encoder, describe_choice
+from orchestration.assets.model_files import fetch_from_hub, fetch_from_s3
 from orchestration.recipe import Recipe
-from orchestration.services import storage
 from tinyemo.encoder_folders import WEIGHTS_MARK
 from tinyemo.encoders import EncoderSpec
 from tinyemo.errors import AssetError, ConfigError, DataError
@@ -25,7 +24,7 @@ HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Sources:
-    """What a recipe's parts are; weights are not loaded for it.
+    """The parts of a recipe's reasoning model, described without loading weights.
 
     Attributes:
         llm_revision: commit of a hub repository, sha256 of the files, or "random".
@@ -48,12 +47,12 @@ class Sources:
 
 
 def describe_sources(recipe: Recipe) -> Sources:
-    """The parts of a recipe's reasoning model; the language model's files are fetched.
+    """Describe the parts of a recipe's reasoning model; fetches the language model's files.
 
     Raises:
-        ConfigError: a source that is none.
-        AssetError: it does not answer.
-        DataError: it holds something else.
+        ConfigError: the recipe names no known kind of source.
+        AssetError: the source does not answer.
+        DataError: the files are not those of a language model or encoder.
     """
     source = recipe.reasoner
     if is_random(source.vision_tower):
@@ -75,7 +74,7 @@ def describe_sources(recipe: Recipe) -> Sources:
 
 
 def public_name(source: str) -> str:
-    """What cards call it; a path of this machine says nothing elsewhere."""
+    """Return the name that cards show: a family member's full name, or the last part of a local path."""
     name = source.removeprefix("random:")
     if name in FAMILY:
         return FAMILY[name].llm
@@ -83,17 +82,17 @@ def public_name(source: str) -> str:
 
 
 def fetch_llm(recipe: Recipe) -> Path:
-    """The folder or file with the language model's files, on this node.
+    """Return the folder or file on this node that holds the language model's files; fetches them where needed.
 
     Raises:
-        ConfigError: the source is none.
-        AssetError, StorageError: it does not answer.
+        ConfigError: the recipe names no known kind of source.
+        AssetError, StorageError: the source does not answer.
     """
     name, revision = recipe.reasoner.llm, recipe.reasoner.llm_revision
     if name in CATALOGUE:
         return get_asset(name) / find_asset(name).files[0]
     if name.startswith("s3://"):
-        return _fetch_from_s3(name)
+        return fetch_from_s3(name)
     if Path(name).is_absolute():
         if not Path(name).exists():
             raise AssetError(f"{name} is not on this node: put the language model's folder on every node")
@@ -103,35 +102,7 @@ def fetch_llm(recipe: Recipe) -> Path:
             f"reasoner.llm: {name!r} is neither an asset nor an absolute folder; a name on the hub needs "
             "reasoner.llm_revision, its commit"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AssetError(
-            f"the hub does not yield {name} at {revision[:12]} ({reason}): reach it, or name a folder"
-        ) from error
-
-
-def _fetch_from_s3(uri: str) -> Path:
-    """A copy of an S3 folder in the cache, keyed by its objects' names and sizes; whole or not there."""
-    objects = storage.list_prefix(uri)
-    key = hashlib.sha256(json.dumps([uri, sorted(objects.items())]).encode()).hexdigest()[:16]
-    folder = cache_folder() / "models" / key
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = Path(scratch) / "whole"
-        storage.download_folder(uri, whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    return folder
+    return fetch_from_hub(name, revision, HUB_FILES)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -144,7 +115,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or over the names and sha256 of a folder's configuration and weights."""
+    """Return the sha256 of a file, or one over the names and sha256 of a folder's configuration and weights."""
     if path.is_file():
         return f"sha256-{sha256_of_file(path)}"
     files = sorted(found for pattern in ("config.json", "*.safetensors", "*.gguf") for found in path.glob(pattern))

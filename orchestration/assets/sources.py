@@ -1,4 +1,4 @@
-"""Where assets come from: each function fills an empty folder from one source and says what it found there.
+"""Sources of assets: each function fills an empty folder from one source and says what it found there.
 
 A source that does not answer, or answers with other bytes than the catalogue pins, raises AssetError; the catalogue
 then tries the next one. Nothing here waits without an end.

@@ -1,4 +1,4 @@
-"""Where photographs and vision weights come from: the sources of the assets `oasis` and `efficientnet-lite0`."""
+"""Sources of photographs and vision weights: those of the assets `oasis` and `efficientnet-lite0`."""
 
 from __future__ import annotations
 

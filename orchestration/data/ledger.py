@@ -93,7 +93,7 @@ class LedgerCheck:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every step holds exactly the records of the plan."""
+        """Return whether every step holds exactly the records of the plan."""
         return not (self.num_wrong_steps or self.num_lost or self.num_doubled)
 
 

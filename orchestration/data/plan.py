@@ -197,7 +197,7 @@ class SetEpoch:
 
 @dataclass(frozen=True)
 class Mix:
-    """Which data set stands at each position of an epoch of the mix, by Bresenham's line, one set against the rest.
+    """The data set at each position of an epoch of the mix, by Bresenham's line, one set against the rest.
 
     Attributes:
         counts: records of each data set in an epoch.

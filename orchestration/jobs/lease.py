@@ -91,7 +91,7 @@ class LeaseDocument(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class LeaseInfo:
-    """What can be said of a lease from outside."""
+    """A lease as others see it."""
 
     holder: str
     """Empty where nobody holds the lease."""

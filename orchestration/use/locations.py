@@ -1,16 +1,14 @@
-"""Where trained models and images are: files and folders of this machine, S3, MLflow, and the names of runs."""
+"""Locations of trained models and images: local files and folders, S3, MLflow, and names of runs."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from orchestration.assets.catalogue import cache_folder
+from orchestration.assets.model_files import digest_of_etags, fetch_from_s3
 from tinyemo.errors import DataError
 from tinyemo.local_files import sha256_of_file
 
@@ -58,7 +56,7 @@ def fetch_export(location: str, part: Part) -> Path:
     """
     found = find_export(location, part)
     if found.startswith("s3://"):
-        return fetch_folder(found)
+        return fetch_from_s3(found)
     if ":/" in found:
         from orchestration.services.tracking import download_artifacts
 
@@ -69,37 +67,11 @@ def fetch_export(location: str, part: Part) -> Path:
 def digest_of_export(location: str) -> str:
     """Return a digest that changes with the files of what `find_export` found."""
     if location.startswith("s3://"):
-        from orchestration.services.storage import list_etags
-
-        return hashlib.sha256(json.dumps(sorted(list_etags(location).items())).encode()).hexdigest()
+        return digest_of_etags(location)
     if ":/" in location:
         return location
     files = sorted(path for path in Path(location).rglob("*") if path.is_file())
     return hashlib.sha256("".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()).hexdigest()
-
-
-def fetch_folder(uri: str) -> Path:
-    """Return a copy of an S3 folder in the cache, which is used again as long as no object's name or ETag changes.
-
-    Raises:
-        MissingObjectError: nothing is stored there.
-        StorageError: S3 does not answer.
-    """
-    from orchestration.services import storage
-
-    folder = cache_folder() / "models" / f"{Path(uri).name}-{digest_of_export(uri)[:16]}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = Path(scratch) / "whole"
-        storage.download_folder(uri, whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    return folder
 
 
 def find_images(locations: Sequence[str]) -> tuple[list[str], bool]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from orchestration.assets.model_files import fetch_from_s3
 from orchestration.services import storage
 from orchestration.use.bulk import Job, Row, check_output, run
-from orchestration.use.locations import fetch_export, fetch_folder, find_images
+from orchestration.use.locations import fetch_export, find_images
 from tinyemo.errors import ConfigError, DataError
 
 IMAGES = [f"{number}.jpg" for number in range(7)]
@@ -112,12 +113,12 @@ def test_a_model_in_s3_is_fetched_once_and_again_where_its_content_changes(
     monkeypatch.setenv("TINYEMO_CACHE", str(tmp_path))
     uri = f"{s3_root}/model"
     storage.write_bytes(f"{uri}/weights", b"one")
-    first = fetch_folder(uri)
+    first = fetch_from_s3(uri)
     assert (first / "weights").read_bytes() == b"one"
     (first / "mark").write_bytes(b"")
-    assert (fetch_folder(uri) / "mark").exists()
+    assert (fetch_from_s3(uri) / "mark").exists()
     storage.write_bytes(f"{uri}/weights", b"two")  # of the same size
-    assert (fetch_folder(uri) / "weights").read_bytes() == b"two"
+    assert (fetch_from_s3(uri) / "weights").read_bytes() == b"two"
 
 
 def test_a_run_is_found_by_its_name(tmp_path: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
