@@ -47,6 +47,7 @@ LOST = (
     ray.exceptions.RpcError,
     ConnectionError,
     TimeoutError,
+    storage.NoAnswerError,
 )
 """Errors of a lost process, a lost node or the network."""
 LOST_NAMES = re.compile(
@@ -128,17 +129,20 @@ def run_stage(stage: Stage, callback: ReportCallback, progress: Progress | None 
     failures, folder = 0, callback.folder
     while True:
         state = read_state(folder)
-        if state is not None and state.is_final:
+        is_final = state is not None and state.is_final
+        if is_final:
             callback.complete()
-            delete_old_attempts(folder, state)
-            return state
+        if callback.lease is not None:
+            callback.lease.check()  # A driver that lost its lease must not delete its successor's checkpoints.
         delete_old_attempts(folder, state)
+        if state is not None and is_final:
+            return state
         if state is not None:
             logger.warning("going on from step %d of %s", state.step, folder)
             stage = replace(stage, resume_from=state.checkpoint, start_step=state.step)
         try:
             with _watched(stage, folder, progress):
-                _run_attempt(stage, callback)
+                _run_attempt(stage, callback, is_restart=failures > 0 or state is not None)
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             _raise_if_ours(error)
             require_cluster(error)
@@ -152,14 +156,24 @@ def run_stage(stage: Stage, callback: ReportCallback, progress: Progress | None 
                 ) from error
 
 
-def _run_attempt(stage: Stage, callback: ReportCallback) -> None:
+def attempt_name(folder: str) -> str:
+    """Return a name that sorts after those of a run's earlier attempts, also where this node's clock is behind.
+
+    Args:
+        folder: S3 folder of the stage; the ledger of attempts that left nothing there lies beside it.
+    """
+    names = " ".join(storage.list_prefix(folder.rsplit("/", 1)[0]))
+    earlier = [int(number) for number in re.findall(r"/attempt-(\d+)", names)]
+    return f"attempt-{max([int(time.time() * 1000), *(number + 1 for number in earlier)])}"
+
+
+def _run_attempt(stage: Stage, callback: ReportCallback, *, is_restart: bool) -> None:
     workers, is_gpu = stage.recipe.workers, stage.device == "gpu"
     # Ray Train passes this variable on to its controller; a report waits for the poll before the next one.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     bucket, key = storage.parse_s3_uri(callback.folder)
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": 1.0} if is_gpu else {})
     name = f"{stage.recipe.name} {stage.name}"
-    is_restart = stage.resume_from is not None
     wait_for_resources(
         [resources] * workers.num_workers, workers.start_timeout_s, name, logger.warning, may_rejoin=is_restart
     )
@@ -174,7 +188,7 @@ def _run_attempt(stage: Stage, callback: ReportCallback) -> None:
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name=f"attempt-{int(time.time() * 1000)}",
+            name=attempt_name(callback.folder),
             storage_path=f"{bucket}/{key}",
             storage_filesystem=storage.filesystem(),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=stage.recipe.checkpoint.keep),
@@ -217,12 +231,7 @@ def _watched(stage: Stage, folder: str, progress: Progress | None) -> Iterator[N
                 continue  # No report yet, or S3 is away: the trainer's own reads will say what to do.
             if report["step"] > seen:
                 seen = report["step"]
-                progress(
-                    f"{stage.recipe.name} {stage.name}",
-                    seen,
-                    report["num_steps"],
-                    {k: v for k, v in report.items() if "/" in k},
-                )
+                progress(f"{stage.recipe.name} {stage.name}", seen, report["num_steps"], _figures(report))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -245,7 +254,7 @@ def _raise_if_ours(error: BaseException) -> None:
         TrainingError: any other exception of a worker; its traceback goes to the log.
     """
     for one in unwrapped(error):
-        if isinstance(one, TinyEmoError):
+        if isinstance(one, TinyEmoError) and not isinstance(one, storage.NoAnswerError):
             # Ray mixes its own class into ours and prints a remote traceback: keep our class and our line.
             kind = next(k for k in type(one).__mro__ if k.__module__ == TinyEmoError.__module__)
             raise kind(str(getattr(one, "cause", one)).strip().splitlines()[0]) from error

@@ -58,6 +58,10 @@ class MissingObjectError(StorageError):
     """Error for an object that does not exist in a bucket that does."""
 
 
+class NoAnswerError(StorageError):
+    """Error for a server that does not answer: the same request may succeed later."""
+
+
 def parse_s3_uri(uri: str) -> tuple[str, str]:
     """Split `s3://bucket/key` into bucket and key; the key may be empty and never starts or ends with a slash.
 
@@ -176,7 +180,7 @@ def _describe(error: Exception, uri: str) -> StorageError:
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return StorageError(f"no S3 credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.ConnectionError):
-        return StorageError(
+        return NoAnswerError(
             f"S3 at {where} does not answer for {uri} ({type(error).__name__}): "
             "start it (`tinyemo platform up`) or set AWS_ENDPOINT_URL"
         )

@@ -8,6 +8,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckTimeoutError
 
 from orchestration.jobs.attempts import _raise_if_ours
+from orchestration.services.storage import NoAnswerError
 from tinyemo.errors import DataError, LostLeaseError, TrainingError
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16308")
@@ -30,13 +31,24 @@ def raised_by_workers(*errors: Exception) -> WorkerGroupError:
         raised_by_workers(ConnectionResetError("reset")),
         raised_by_workers(OSError(UPLOAD.format("NETWORK_CONNECTION"))),
         ControllerError(OSError(UPLOAD.format("SERVICE_UNAVAILABLE"))),
+        ControllerError(NoAnswerError("S3 at http://host does not answer")),
         ControllerError(ray.exceptions.ActorUnavailableError("gone", None)),
         ray.exceptions.NodeDiedError("preempted"),
     ],
-    ids=["peer lost", "rank and peer", "killed", "network", "s3", "s3 in controller", "controller", "node"],
+    ids=[
+        "peer lost",
+        "rank and peer",
+        "killed",
+        "network",
+        "s3",
+        "s3 in controller",
+        "our read in controller",
+        "controller",
+        "node",
+    ],
 )
 def test_what_was_lost_is_tried_again(error: Exception) -> None:
-    _raise_if_ours(error)
+    assert _raise_if_ours(error) is None  # it raises where no attempt would mend the error
 
 
 @pytest.mark.parametrize(

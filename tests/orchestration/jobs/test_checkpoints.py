@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from ranks import run_groups
 
+from orchestration.jobs.attempts import ReportCallback, attempt_name, run_stage
 from orchestration.jobs.checkpoints import StageState, delete_old_attempts, read_state, restored
+from orchestration.jobs.lease import Lease
+from orchestration.jobs.worker import Stage
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services import storage
 from orchestration.services.engine import build_engine, full_state_dict, save_engine
-from tinyemo.errors import TrainingError
+from tinyemo.errors import LostLeaseError, TrainingError
 
 SHARED = 1000
 WORLD_SIZE = 2
@@ -80,3 +84,21 @@ def test_attempts_that_are_over_leave_no_checkpoint_but_the_newest(s3_root: str)
     delete_old_attempts(s3_root, read_state(s3_root))
     left = [uri.removeprefix(f"{s3_root}/") for uri in storage.list_prefix(s3_root)]
     assert left == ["attempt-2/checkpoint_7/a", "curve/1.json", "latest.json"]
+
+
+def test_a_driver_that_lost_its_lease_deletes_no_checkpoint(s3_root: str) -> None:
+    class LostLease:
+        def check(self) -> None:
+            raise LostLeaseError("another driver has the run")
+
+    storage.write_bytes(f"{s3_root}/select/attempt-1/checkpoint_3/a", b"{}")
+    callback = ReportCallback(f"{s3_root}/select", None, lease=cast(Lease, LostLease()))
+    with pytest.raises(LostLeaseError):
+        run_stage(cast(Stage, None), callback)
+    assert storage.exists(f"{s3_root}/select/attempt-1/checkpoint_3/a")
+
+
+def test_an_attempt_sorts_after_earlier_ones_where_the_clock_is_behind(s3_root: str) -> None:
+    in_an_hour = int((time.time() + 3600) * 1000)
+    storage.write_bytes(f"{s3_root}/ledger/attempt-{in_an_hour}-000000000-rank0.parquet", b"")
+    assert attempt_name(f"{s3_root}/read") == f"attempt-{in_an_hour + 1}"
