@@ -201,7 +201,6 @@ def clean_up(runs_root: str, datasets_root: str) -> int:
 
 
 def _by_name(root: str) -> dict[str, dict[str, int]]:
-    """Return address and bytes of every file below each folder of `root`."""
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for uri, num_bytes in storage.list_prefix(root).items():
         name, _, rest = uri.removeprefix(f"{root}/").partition("/")

@@ -218,7 +218,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def _fetch(asset: Asset, scratch: Path) -> Path:
-    """A folder in `scratch` with the whole asset and its provenance."""
     failures = []
     for number, source in enumerate(asset.sources):
         folder = scratch / str(number)
@@ -240,7 +239,6 @@ def _fetch(asset: Asset, scratch: Path) -> Path:
 
 
 def _find_problem(asset: Asset, folder: Path) -> str | None:
-    """Return the problem of a folder of the cache, or None where all is well."""
     try:
         files = read_provenance(folder).get("files", {})
     except AssetError as error:

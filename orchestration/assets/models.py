@@ -115,7 +115,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """Return the sha256 of a file, or one over the names and sha256 of a folder's configuration and weights."""
     if path.is_file():
         return f"sha256-{sha256_of_file(path)}"
     files = sorted(found for pattern in ("config.json", "*.safetensors", "*.gguf") for found in path.glob(pattern))

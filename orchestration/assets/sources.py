@@ -246,7 +246,6 @@ def checkout_paths(checkout: Path, url: str, commit: str, paths: list[str]) -> N
 
 
 def _read_feature_files(folder: Path, expected: int) -> pa.Table:
-    """<label>/<n>.pt as rows with the id "<label>/<n>", sorted by id."""
     files = sorted(folder.glob("*/*.pt"), key=lambda path: f"{path.parent.name}/{path.stem}")
     if len(files) != expected:
         raise AssetError(f"{folder.name} holds {len(files)} feature files, it must hold {expected}")

@@ -220,7 +220,6 @@ def oasis_command(
 
 
 def _show(report: IngestReport, *, as_json: bool) -> None:
-    """Print the result of an ingest, for people or as JSON."""
     manifest = report.manifest
     card = manifest.file_uri(manifest.card.path) if manifest.card else None
     if as_json:

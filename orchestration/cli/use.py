@@ -276,7 +276,6 @@ def _provenance(model: MetricProjector) -> dict[str, Any]:
 
 
 def _cautions(document: dict[str, Any]) -> list[str]:
-    """Return the lines that must stand above every table."""
     cautions = []
     if document["llm_weights"] == "random":
         cautions.append("RANDOM LABEL EMBEDDINGS: llm_weights = random, the language model's own table was not used.")

@@ -89,7 +89,6 @@ def collate(
 
 
 def _filled(values: NDArray[Any], missing: int, value: int = 0) -> NDArray[Any]:
-    """Return a writable copy with `missing` rows of one value after the others."""
     return np.concatenate([values, np.full((missing, *values.shape[1:]), value, values.dtype)])
 
 

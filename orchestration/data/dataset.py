@@ -145,7 +145,6 @@ def _columns(rows: SplitRows) -> tuple[NDArray[Any], ...]:
 
 
 def _of_words(rows: SplitRows, taxonomy: Sequence[str], words: Sequence[str]) -> SplitRows:
-    """Return the rows whose label is among `words`, labels as indices into those."""
     place = np.array([list(words).index(word) if word in words else -1 for word in taxonomy], dtype=np.int64)
     kept = rows.take(np.flatnonzero(place[rows.label] >= 0))
     return SplitRows(kept.shard, kept.row, place[kept.label], kept.id_hash)

@@ -43,8 +43,6 @@ FACT_SCHEMA = pa.schema(
 
 
 class _Verdicts:
-    """Reasons and details of R records while they are decided."""
-
     def __init__(self, facts: pa.Table) -> None:
         self.reasons: list[str | None] = facts["reason"].to_pylist()
         self.details: list[str | None] = facts["detail"].to_pylist()
@@ -140,7 +138,6 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
 def _settle_ids(
     facts: pa.Table, numbers: NDArray[np.int64], rules: IngestRules, verdicts: _Verdicts
 ) -> list[str | None]:
-    """Return ids that no two kept records share; the first record of an id keeps it."""
     ids: list[str | None] = facts["id"].to_pylist()
     first: dict[str | None, int] = {}
     repeated = [row for row in np.flatnonzero(verdicts.is_kept).tolist() if first.setdefault(ids[row], row) != row]
@@ -198,7 +195,6 @@ def choose_split(image_sha256: bytes, held_out: dict[str, float]) -> str:
 
 
 def _reject_conflicts(images: NDArray[np.int64], labels: pa.ChunkedArray, verdicts: _Verdicts) -> None:
-    """Reject every record of an image whose records name several labels."""
     words = labels.to_pylist()
     named: dict[int, set[str]] = {}
     rows = np.flatnonzero(verdicts.is_kept).tolist()
@@ -210,7 +206,6 @@ def _reject_conflicts(images: NDArray[np.int64], labels: pa.ChunkedArray, verdic
 
 
 def _reject_repeated_images(images: NDArray[np.int64], numbers: NDArray[np.int64], verdicts: _Verdicts) -> None:
-    """Keep the first record of each image; what is left of an image lies in one split by now."""
     first: dict[int, int] = {}
     for row in np.flatnonzero(verdicts.is_kept).tolist():
         holder = first.setdefault(int(images[row]), row)

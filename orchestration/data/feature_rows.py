@@ -152,7 +152,6 @@ def _find_files(source: Path, split: str | None) -> list[tuple[Path, str | None]
 
 
 def _open_parquet(path: Path, split: str | None) -> pq.ParquetFile:
-    """Return an open file with the columns that ingest needs; DataError where it is corrupt, empty or lacks one."""
     try:
         # Buffered: otherwise the whole column of a row group comes into memory at once.
         file = pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
@@ -352,6 +351,5 @@ class FeatureSource:
 def _note(
     reasons: dict[int, tuple[Reason, str]], rows: NDArray[np.int64] | list[int], reason: Reason, detail: str
 ) -> None:
-    """Give each of the rows this reason unless it has one already."""
     for row in rows:
         reasons.setdefault(int(row), (reason, detail))

@@ -169,7 +169,6 @@ def plan_images(records: pa.Table, images_per_part: int) -> ImagePlan:
 
 
 def _reason(image: dict[str, Any], holder: str) -> tuple[ImageReason, str] | None:
-    """Return why an image has no pooled row, with a detail; None where it has one."""
     first, last = image["label_min"], image["label_max"]
     if holder != image["split"]:
         return ImageReason.IMAGE_IN_TWO_SPLITS, f"{holder} holds it too"
@@ -273,7 +272,6 @@ def encode_part(job: FeatureJob, encoder: VisionEncoder, part: Part) -> None:
 
 
 def _encode(job: FeatureJob, encoder: VisionEncoder, part: Part, images: list[bytes], path: Path) -> _Encoded:
-    """Return pooled features, and write patches to the Parquet file `path`, chunk by chunk."""
     import torch
 
     from tinyemo.images import read_pixels
@@ -329,7 +327,6 @@ def _reject(part: Part, place: int, reason: ImageReason, detail: str) -> Rejecti
 
 
 def _pooled_table(spec: EncoderSpec, part: Part, encoded: _Encoded) -> pa.Table:
-    """Return the rows of images with a label; the metadata names the encoder, also where the file is taken away."""
     kept = [(row, place) for row, place in enumerate(encoded.places) if part.labels[place] is not None]
     values = pa.array(encoded.pooled[[row for row, _ in kept]].ravel(), pa.float16())
     table = pa.table(
@@ -439,7 +436,6 @@ def make_features(
 
 
 def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tuple[int, int]:
-    """Compute every part without a note; return the number of the others and of the actors used."""
     done = read_notes(job.uri)
     missing = [part for part in plan.parts if part.name not in done]
     num_images = sum(len(part.ids) for part in plan.parts)
@@ -461,7 +457,6 @@ def _compute_missing(job: FeatureJob, plan: ImagePlan, advance: Advance) -> tupl
 
 
 def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per_part: int) -> Manifest:
-    """Store index and rejected images; return the manifest, which may then be published."""
     notes = read_notes(job.uri)
     lost = [part.name for part in plan.parts if part.name not in notes]
     if lost:
@@ -504,7 +499,6 @@ def _finish(job: FeatureJob, plan: ImagePlan, name: str, digest: str, images_per
 
 
 def _kept_rows(plan: ImagePlan, unencoded: set[tuple[str, str]]) -> pa.Table:
-    """Return split, id and label of every image with a pooled row, in the order in which they are stored."""
     rows = [
         {"split": part.split, "id": sha256, "label": label}
         for part in plan.parts

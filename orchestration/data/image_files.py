@@ -206,7 +206,6 @@ def _is_converted(image: Image.Image) -> bool:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode every pixel."""
     try:
         image.load()
     except Exception as error:  # noqa: BLE001  # see _open

@@ -99,8 +99,6 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of an ingest that what it stores depends on."""
-
     kind: Kind
     name: str
     root: str
@@ -278,7 +276,6 @@ def ingest_instruct(
 def _ingest(
     job: _Job, stage: Callable[[str, Advance], Source], split: str | None, is_forced: bool, advance: Advance | None
 ) -> IngestReport:
-    """Run the pipeline once what was asked for has been checked."""
     started = time.monotonic()
     _require_servers()
     advance = advance or (lambda stage, done, total: None)
@@ -298,7 +295,6 @@ def _ingest(
 
 
 def _check_arguments(split: str | None, extra_rules: dict[str, Any]) -> None:
-    """ConfigError where a split cannot name a file, or where further rules hide the ingest's own."""
     if split is not None and not SPLIT_NAME.fullmatch(split):
         raise ConfigError(f"split is {split!r}: use letters, digits, underscores, dots and dashes")
     taken = extra_rules.keys() & IngestRules.model_fields.keys()
@@ -307,7 +303,6 @@ def _check_arguments(split: str | None, extra_rules: dict[str, Any]) -> None:
 
 
 def _absolute(path: str | Path) -> str:
-    """An S3 address as it is, a local path as tasks in other folders need it."""
     return str(path) if str(path).startswith("s3://") else str(Path(path).absolute())
 
 
@@ -316,7 +311,6 @@ def _file_name(path: str) -> str:
 
 
 def _require_servers() -> None:
-    """Join Ray, and see that MLflow answers where one is named, before the long part."""
     from orchestration.services.ray_cluster import connect
     from orchestration.services.tracking import require_server
 
@@ -339,7 +333,6 @@ def _staging(uri: str) -> Iterator[str]:
 
 
 def _check(source: Source, advance: Advance) -> pa.Table:
-    """FACT_SCHEMA: what is known of every staged record, in the order of the input."""
     tables, num_done = [], 0
     for table in check_chunks(source):
         tables.append(table)
@@ -352,7 +345,6 @@ def _check(source: Source, advance: Advance) -> pa.Table:
 
 
 def _store(job: _Job, source: Source, decided: pa.Table, is_forced: bool, advance: Advance) -> tuple[Manifest, bool]:
-    """Return the manifest of the version, which lacks nothing but itself, and whether it was there already."""
     plans = plan_shards(decided, job.layout, job.kind)
     rows = job.features
     fields = {"feature_width": rows.feature_width, "feature_dtype": rows.feature_dtype} if rows else {}
@@ -430,7 +422,6 @@ def _require_enough(job: _Job, source: Source, decided: pa.Table, folder: str) -
 
 
 def _advice(job: _Job, decided: pa.Table) -> str:
-    """Return what would help where most records are rejected for one reason; empty where we know nothing."""
     (reason, _count), *_ = Counter(decided["reason"].drop_null().to_pylist()).most_common(1)
     lost = decided.filter(pc.equal(decided["reason"], reason))
     if reason == Reason.IMAGE_MISSING:
@@ -456,7 +447,6 @@ def _advice(job: _Job, decided: pa.Table) -> str:
 def _write_shards(
     job: _Job, source: Source, decided: pa.Table, plans: list[ShardPlan], uri: str, advance: Advance
 ) -> tuple[list[Shard], list[dict[str, Any]]]:
-    """The shards in the order of the plans, and small pictures of some records."""
     sampled = [] if job.features else _sample(decided)
     works = [
         ShardWork(
@@ -495,7 +485,6 @@ def _sha256_rows(decided: pa.Table, plan: ShardPlan) -> np.ndarray[Any, np.dtype
 
 
 def _write_rejected(source: Source, decided: pa.Table, uri: str) -> Rejected:
-    """Store every record that is not kept, with its reason and its text."""
     positions = np.flatnonzero(decided["reason"].is_valid().to_numpy())
     files, texts = source.originals(positions)
     table = decided.select([name for name in REJECTED_SCHEMA.names if name not in ("record", "file")])

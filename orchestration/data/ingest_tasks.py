@@ -127,7 +127,6 @@ def check_chunk(source: Source, chunk: int) -> pa.Table:
 
 
 def _check_text(raw: RawRecord, source: RecordSource) -> tuple[dict[str, Any], str | None]:
-    """Return the facts about a record's text, and its image's path where there is something to check."""
     try:
         record = source.read(raw)
         path = path_under_root(record.image, source.images, source.rules.foreign_root)
@@ -161,7 +160,6 @@ def _check_text(raw: RawRecord, source: RecordSource) -> tuple[dict[str, Any], s
 
 
 def _check_image(read: Callable[[], bytes], rules: IngestRules) -> dict[str, Any]:
-    """Return the columns of a record that its image decides."""
     try:
         facts = inspect_image(read(), rules)
     except RejectedRecordError as error:
@@ -202,7 +200,6 @@ def write_shard(source: Source, layout: Layout, work: ShardWork) -> dict[str, An
 
 
 def _record_shard(source: RecordSource, layout: Layout, work: ShardWork, pictures: list[dict[str, Any]]) -> bytes:
-    """Return a Parquet file of images or records, made group by group; pictures of sampled ones join `pictures`."""
     buffer = io.BytesIO()
     schema = IMAGE_SCHEMA if source.kind == "images" else RECORD_SCHEMA
     with pq.ParquetWriter(buffer, schema, **parquet_options(schema)) as writer:
@@ -218,7 +215,6 @@ def _record_shard(source: RecordSource, layout: Layout, work: ShardWork, picture
 
 
 def _rows(source: RecordSource, work: ShardWork) -> Iterator[dict[str, Any]]:
-    """Yield the shard's records as RECORD_SCHEMA has them."""
     require_root(source.images)
     rules = source.rules
     ahead: list[Record] = []
@@ -253,7 +249,6 @@ def _rows(source: RecordSource, work: ShardWork) -> Iterator[dict[str, Any]]:
 
 
 def _records(source: RecordSource, positions: NDArray[np.int64]) -> Iterator[Record]:
-    """Yield the records at ascending positions of the input; one chunk is in memory at a time."""
     for chunk, places in places_by_chunk(source.staged, positions):
         raws = read_chunk(source.staged.uri, chunk)
         for place in places.tolist():
@@ -291,7 +286,6 @@ def write_shards(source: Source, layout: Layout, works: list[ShardWork]) -> Iter
 
 
 def _pack(work: ShardWork) -> dict[str, Any]:
-    """Return a shard's work as a row of Ray Data."""
     return {
         "uri": work.uri,
         "ids": work.ids,
@@ -312,8 +306,6 @@ def _unpack(row: dict[str, Any]) -> ShardWork:
 
 
 def _run(items: list[dict[str, Any]], work: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """Yield the results of one task per item, each with one CPU, in no order."""
-
     def run(batch: pa.Table) -> pa.Table:
         return guarded(work, batch)
 

@@ -56,7 +56,6 @@ def nearest_within(
 
 
 def _flips(num_bits: int) -> NDArray[np.uint16]:
-    """Return every 16-bit number with at most that many bits set."""
     masks = [sum(1 << bit for bit in bits) for n in range(num_bits + 1) for bits in combinations(range(BAND_BITS), n)]
     return np.array(masks, dtype=np.uint16)
 

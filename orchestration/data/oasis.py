@@ -218,7 +218,6 @@ def build_records(photographs: Iterable[Photograph], rules: OasisRules) -> Itera
 
 
 def _words(photograph: Photograph, rules: OasisRules, emotion: str | None) -> dict[str, str]:
-    """Return the words that fill the templates."""
     sentiment = sentiment_of(photograph, rules)
     strength = "very " if abs(photograph.valence - 4) > 2 else ""
     pleasantness = {"positive": "pleasant", "negative": "unpleasant", "neutral": "neither pleasant nor unpleasant"}
@@ -308,7 +307,6 @@ def _sample_id(photograph: Photograph, task: str) -> str:
 
 
 def _hash(seed: int, *parts: str) -> int:
-    """Return a 64-bit number that depends on the arguments alone."""
     text = "\0".join((str(seed), *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

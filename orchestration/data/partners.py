@@ -43,7 +43,6 @@ def with_partners(stream: Stream) -> Stream:
 
 
 def _image_names(record_set: RecordSet) -> NDArray[np.uint64]:
-    """Return the hash of each record's image, from the index of the data set."""
     index = read_index(record_set.manifest)
     index = index.filter(pc.equal(index["split"], record_set.split))
     rows = record_set.row_numbers(np.asarray(index["shard"]), np.asarray(index["row"]))

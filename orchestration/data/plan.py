@@ -428,7 +428,6 @@ class Plan:
             yield window
 
     def _windows_of(self, source: int, first: int, last: int) -> Iterator[tuple[int, int, Window]]:
-        """Yield (position of the first record, data set, window) of one data set."""
         index, end, num_rows = self._index(source, first), self._index(source, last), self.sets[source].groups.num_rows
         while index < end:
             epoch, offset = divmod(index, num_rows)

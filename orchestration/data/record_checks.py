@@ -156,7 +156,6 @@ def _id(document: dict[str, Any]) -> str:
 
 
 def _turns(document: dict[str, Any], rules: IngestRules) -> Turns:
-    """Return the conversation: human and gpt in turn, `<image>` once and at the beginning, nothing blank."""
     conversation = document.get("conversations")
     if conversation is None:
         reject(Reason.MISSING_FIELD, "conversations is absent or null")
@@ -199,7 +198,6 @@ def _known(word: str, what: str, rules: IngestRules) -> str:
 
 
 def _offered(turns: Turns, rules: IngestRules) -> list[str]:
-    """Return the labels to choose from in the line `Labels: [a, b, c]`; none where there is no such line."""
     lines = [line for question in _questions(turns) for line in _LABELS_LINE.findall(question)]
     if not lines:
         return []
@@ -216,7 +214,6 @@ def _offered(turns: Turns, rules: IngestRules) -> list[str]:
 
 
 def _stated(turns: Turns, rules: IngestRules) -> str | None:
-    """Return the correct label where a question states it."""
     pattern = re.compile(rules.stated_pattern, re.IGNORECASE | re.MULTILINE)
     words = [match[1] or "" for question in _questions(turns) for match in pattern.finditer(question)]
     labels = {_known(word, "stated label", rules) for word in words}
@@ -226,7 +223,6 @@ def _stated(turns: Turns, rules: IngestRules) -> str | None:
 
 
 def _predicted(turns: Turns, rules: IngestRules, *, is_needed: bool) -> str | None:
-    """Return the label in the answers' line `Predicted Label: X`, which must be there where reasoning offers labels."""
     lines = [line for role, text in turns if role == "gpt" for line in _PREDICTED_LINE.findall(text)]
     if len(lines) > 1 or (is_needed and not lines) or (lines and not lines[0].strip(_QUOTES)):
         reject(Reason.LABELS_MALFORMED, f"the answers have {len(lines)} lines `Predicted Label: X`: one, and a label")
@@ -234,7 +230,6 @@ def _predicted(turns: Turns, rules: IngestRules, *, is_needed: bool) -> str | No
 
 
 def _agreed(offered: list[str], stated: str | None, predicted: str | None, given: str | None) -> str | None:
-    """Return the record's label; what is given, predicted and stated must agree and be among those offered."""
     named = {"stated": stated, "predicted": predicted, "given": given}
     for what, label in named.items():
         if offered and label is not None and label not in offered:
@@ -246,7 +241,6 @@ def _agreed(offered: list[str], stated: str | None, predicted: str | None, given
 
 
 def _task(named: str | None, turns: Turns, offered: list[str], rules: IngestRules) -> str:
-    """Return the task that the record names, or the one that its first question shows."""
     question = turns[0][1]
     if named is not None:
         task = named

@@ -102,11 +102,6 @@ class _Tap(io.RawIOBase):
 
 @contextlib.contextmanager
 def _open(records: str) -> Iterator[tuple[_Tap, int]]:
-    """Open a local file or an object in S3, and return it with its size.
-
-    Raises:
-        DataError, StorageError: it is not there.
-    """
     if records.startswith("s3://"):
         if not storage.exists(records):
             raise DataError(f"{records} does not exist: check the address")
@@ -146,7 +141,6 @@ def _read_lines(file: io.BufferedReader) -> Iterator[RawRecord]:
 
 
 def _limited(number: int, text: bytes) -> RawRecord:
-    """Return the record, or its beginning where it is too long."""
     if len(text) <= MAX_RECORD_BYTES:
         return RawRecord(number, text)
     return RawRecord(number, text[:MAX_RECORD_BYTES], f"longer than {MAX_RECORD_BYTES} bytes; cut off there")

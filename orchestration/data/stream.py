@@ -200,7 +200,6 @@ class Stream:
         return np.asarray((part.slot >= own.start) & (part.slot < own.stop))
 
     def _other_images(self, records: Ints) -> pa.ChunkedArray:
-        """Read the images of records that are counted over all sets."""
         edges = np.cumsum([0, *(part.num_rows for part in self.sets)])
         parts, places = [], []
         for number, record_set in enumerate(self.sets):
@@ -425,7 +424,6 @@ def configure_ray_data() -> Any:
 
 
 def _rows_of(shard: ray.data.DataIterator, rank: int) -> Iterator[Row]:
-    """Yield a rank's rows as they come; rank 0 logs a line where it waits long for the first."""
     timer = threading.Timer(WAITS_S, _say_what_is_missing)
     timer.daemon = True
     if rank == 0:

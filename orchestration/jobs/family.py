@@ -131,7 +131,6 @@ def choose_champion(results: list[TrainResult]) -> TrainResult:
 
 
 def _register_champion(run: tracking.RunHandle, recipe: Recipe, results: list[TrainResult]) -> dict[str, Any]:
-    """Register the best projector and log the sizes side by side."""
     for result in results:
         run.log_metrics({f"test/top1_accuracy_{result.llm}": result.test_top1_accuracy})
     champion = choose_champion(results)
@@ -170,7 +169,6 @@ def _register_champion(run: tracking.RunHandle, recipe: Recipe, results: list[Tr
 def _compare_sizes(
     run: tracking.RunHandle, recipe: Recipe, children: list[Recipe], results: list[ReasonerResult]
 ) -> dict[str, Any]:
-    """Log figures and plots of the reasoning models' sizes side by side."""
     rows = [size_row(child, size) for child, size in zip(children, recipe.family.sizes, strict=True)]
     last = list(recipe.stages)[-1]
     losses = [f"last {last}/loss {row['figures'].get(f'{last}/loss', float('nan')):.4f}" for row in rows]

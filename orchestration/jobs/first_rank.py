@@ -73,5 +73,4 @@ def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed:
 
 
 def _shapes(model: Reasoner) -> list[tuple[str, torch.Size, bool]]:
-    """Name, shape and whether it is trained, of every parameter in order, tied ones once."""
     return [(name, parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()]

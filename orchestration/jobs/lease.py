@@ -250,7 +250,6 @@ def _acquire(folder: str, progress: Callable[[str], None]) -> LeaseDocument:
 
 
 def _renew(folder: str, document: LeaseDocument, stop: threading.Event) -> None:
-    """Renew the lease until `stop` is set or another driver has taken it; `check` notices the latter."""
     etag, renewed_at = _read(folder)[1] or "", time.monotonic()
     while not stop.wait(HEARTBEAT_S):
         content = document.model_copy(update={"nonce": secrets.token_hex(8)}).model_dump_json()

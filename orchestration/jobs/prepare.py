@@ -230,7 +230,6 @@ def prepare_reasoning(recipe: Recipe) -> ReasoningPlan:
 
 
 def _vocabulary_problems(recipe: Recipe, sources: Sources) -> list[str]:
-    """Return what is wrong with a tokenizer whose ids the language model has no embeddings for."""
     if not recipe.records.tokenizer:
         return ["records.tokenizer: is empty; a language model needs its tokenizer"]
     if sources.vocabulary is None:

@@ -326,7 +326,6 @@ def _curves(folder: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def _card(plan: Preparation, result: TrainResult) -> dict[str, CardValue]:
-    """Return where a projector comes from, kept in its config.json."""
     recipe = plan.recipe
     return {
         "run": result.name,

@@ -219,7 +219,6 @@ def _own_tensors(engine: Engine, prefix: str, module: nn.Module, seen: set[int])
 
 
 def _store_shard(shard: dict[str, Tensor], uri: str, files: dict[str, str]) -> None:
-    """Store a shard's tensors in S3, note their file in `files` and let go of them."""
     name = f"model-{len(set(files.values())) + 1:05d}.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         save_file(shard, Path(folder) / name, metadata={"format": "pt"})
@@ -231,7 +230,6 @@ def _store_shard(shard: dict[str, Tensor], uri: str, files: dict[str, str]) -> N
 def _store_settings(
     state: ReasonerState, recipe: Recipe, job: TrainingJob, dtype: torch.dtype, files: dict[str, str], num_bytes: int
 ) -> None:
-    """Store the index of the shards, the configuration and the tokenizer."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     model, records = state.engine.module, recipe.records
@@ -371,7 +369,6 @@ def _stage_result(done: Done) -> StageResult:
 
 
 def _log_evaluation(plan: ReasoningPlan, run: tracking.RunHandle, done: Done) -> dict[str, Any]:
-    """Log rows and figures of the only reading of the test split; return the figures."""
     assert plan.test is not None
     rows = storage.read_json(f"{done.state.checkpoint}/{ROWS}")
     expected = sum(part.manifest.splits[part.split].rows for part in plan.test.sets)

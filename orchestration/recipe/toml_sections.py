@@ -131,7 +131,6 @@ def _describe(error: ValidationError, model: type[Section]) -> list[str]:
 
 
 def _neighbours(loc: Loc, model: type[Section]) -> str:
-    """Return the keys of the section that the unknown key stands in."""
     section: type[Section] | None = model
     for part in loc[:-1]:
         section = _section_class(section, part)
@@ -139,7 +138,6 @@ def _neighbours(loc: Loc, model: type[Section]) -> str:
 
 
 def _without(content: Tables, locs: list[Loc]) -> Tables:
-    """Return a copy of nested tables without the values at `locs`."""
     rest = copy.deepcopy(content)
     for loc in locs:
         table: Any = rest

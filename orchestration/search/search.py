@@ -315,11 +315,6 @@ def _log_recipe(run: tracking.RunHandle, file: str, recipe: Recipe) -> None:
 def _choose(
     recipe: Recipe, data: SearchData, lease: Lease, records: list[TrialRecord]
 ) -> tuple[TrialRecord, list[dict[str, Any]]]:
-    """Return the winner, chosen by validation alone, and the finalists that it was chosen from.
-
-    Raises:
-        TrainingError: no trial finished.
-    """
     candidates = best_trials(records, objectives(recipe.search))
     if not candidates:
         errors = sorted({record.error for record in records if record.error})

@@ -180,7 +180,6 @@ class FoldTraining:
 
     @torch.no_grad()
     def _scores(self, features: NDArray[Any], words: tuple[str, ...]) -> Tensor:
-        """Return the (N, len(words)) cosines, on the CPU."""
         self.model.eval()
         embeds = self.model(torch.from_numpy(features.astype(np.float32)).to(self.device))
         texts = F.normalize(self.labels.select(words), dim=-1).to(self.device)

@@ -327,12 +327,10 @@ def state_bytes(engine: Engine) -> dict[str, int]:
 
 
 def _inner(optimizer: Any) -> Any:
-    """Return torch's optimizer inside DeepSpeed's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _bytes_of(held: Any, seen: set[int]) -> int:
-    """Return the bytes of all storages below lists and tables that were not seen before."""
     if isinstance(held, dict):
         held = list(held.values())
     if isinstance(held, list | tuple):
@@ -371,7 +369,6 @@ def load_collectives() -> None:
 
 
 def _collectives_folder() -> Path | None:
-    """Return the environment's folder of builds; None where it cannot be written or the user named another."""
     folder = Path(sys.prefix) / "torch_extensions"
     if not Path(os.environ.get("TORCH_EXTENSIONS_DIR", folder)).is_relative_to(folder):
         return None

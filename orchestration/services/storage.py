@@ -157,7 +157,6 @@ def _error_code(error: botocore.exceptions.ClientError) -> str:
 
 
 def _describe_answer(code: str, uri: str, where: str) -> StorageError:
-    """Return the error for a code that the server answered."""
     if code == "NoSuchBucket":
         bucket = urlsplit(uri).netloc
         return StorageError(f"bucket {bucket!r} does not exist at {where}: create it or name another one")
@@ -173,7 +172,6 @@ def _describe_answer(code: str, uri: str, where: str) -> StorageError:
 
 
 def _describe(error: Exception, uri: str) -> StorageError:
-    """Return the error for a failure on `uri`, in one line: the request, the server, and what to do."""
     where = _where()
     if isinstance(error, botocore.exceptions.ClientError):
         return _describe_answer(_error_code(error), uri, where)
@@ -190,7 +188,6 @@ def _describe(error: Exception, uri: str) -> StorageError:
 
 @contextlib.contextmanager
 def _typed_errors(uri: str) -> Iterator[None]:
-    """Turn every failure of boto3 and botocore inside the block into a StorageError about `uri`."""
     try:
         yield
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
@@ -202,7 +199,6 @@ def _typed_errors(uri: str) -> Iterator[None]:
 
 
 def _get(uri: str, **options: str) -> tuple[bytes, str]:
-    """Return the body of an object and its ETag; read again, MAX_ATTEMPTS times in all, when the body breaks off."""
     bucket, key = parse_s3_uri(uri)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         with _typed_errors(uri):

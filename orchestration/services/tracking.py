@@ -725,7 +725,6 @@ def _create(client: Any, experiment: str, name: str, tags: dict[str, str]) -> Ru
 
 
 def _resume(client: Any, run_id: str, params: dict[str, str], tags: dict[str, str]) -> RunInfo:
-    """Set an ended run RUNNING again; TrainingError where it does not exist or a param has another value."""
     run = None
     with _tolerated("RESOURCE_DOES_NOT_EXIST"):
         run = client.get_run(run_id)
@@ -750,7 +749,6 @@ def _resume(client: Any, run_id: str, params: dict[str, str], tags: dict[str, st
 
 
 def _log_texts(client: Any, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-    """Log params and tags, at most 100 a request; tags are cut to MLflow's limit."""
     from mlflow.entities import Param, RunTag
 
     entries = [Param(key, text) for key, text in params.items()]

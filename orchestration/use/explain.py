@@ -171,7 +171,6 @@ class Explainer:
         return [self.tokenizer.decode(ids[: (*ids, end_id).index(end_id)]).strip() for ids in answers]
 
     def _scores(self, pixel_values: Tensor, words: Sequence[str]) -> list[dict[str, float]]:
-        """Return for each image the cosine of each word, highest first."""
         if self.projector is None:
             raise ConfigError(
                 "no label for the prompt: give a projector trained on features of this tower with --projector "

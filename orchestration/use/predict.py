@@ -63,7 +63,6 @@ def choose_words(model: MetricProjector, taxonomy: str | None, words: str | None
 
 
 def _embed_words(model: MetricProjector, words: Sequence[str]) -> None:
-    """Add label embeddings from the table of the language model that the projector's other labels come from."""
     labels = model.labels
     assert labels is not None
     names = (model.card.get("llm"), labels.llm)
@@ -157,7 +156,6 @@ class Predictor:
         return [rows[image] for image in images]
 
     def _read(self, image: str) -> torch.Tensor | str:
-        """Return the pixels of an image, or why there are none."""
         try:
             return torch.from_numpy(read_pixels(read_image(image), self.spec.preprocessing).copy())
         except DataError as error:
