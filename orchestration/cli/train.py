@@ -168,7 +168,7 @@ def _show_projectors(results: Sequence[TrainResult]) -> None:
 
 
 def _show_reasoner(result: ReasonerResult) -> None:
-    from orchestration.jobs.model_card import evaluation_lines, warnings_of
+    from orchestration.jobs.results import evaluation_lines, warnings_of
 
     for text in warnings_of(result):
         typer.echo(text)

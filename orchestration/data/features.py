@@ -31,9 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestration.assets.encoder_files import EncoderChoice, describe_choice, open_choice
-from orchestration.data.actor_pool import PoolConfig, run_on_actors
-from orchestration.data.dataset import read_image_columns
+from orchestration.assets.model_files import EncoderChoice, describe_choice, open_choice
 from orchestration.data.manifest import (
     VERSION_LENGTH,
     Advance,
@@ -54,8 +52,8 @@ from orchestration.data.manifest import (
     read_file,
     rejected_table,
 )
-from orchestration.data.sets import RecordSet, read_records
-from orchestration.data.tasks import guarded
+from orchestration.data.sets import RecordSet, read_image_columns, read_records
+from orchestration.data.tasks import PoolConfig, guarded, run_on_actors
 from orchestration.services import storage
 from tinyemo.encoders import EncoderSpec, parquet_metadata
 from tinyemo.errors import ConfigError, DataError

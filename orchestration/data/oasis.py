@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from pydantic import Field, NonNegativeInt, model_validator
 
 from orchestration.assets.catalogue import get_asset, read_provenance
-from orchestration.assets.vision import OASIS_COLUMNS, OASIS_IMAGES, OASIS_NORMS
+from orchestration.assets.sources import OASIS_COLUMNS, OASIS_IMAGES, OASIS_NORMS
 from tinyemo.config import Section
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import TAXONOMIES

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from orchestration.assets.models import Sources, describe_sources, tokenizer_source
-from orchestration.data.dataset import Selection, SplitRows, select_rows
 from orchestration.data.manifest import Manifest, load_manifest
-from orchestration.data.sets import RecordSet, open_record_set
+from orchestration.data.sets import RecordSet, Selection, SplitRows, open_record_set, select_rows
 from orchestration.data.stream import EVALUATION_ROWS, Stream, plan_features, plan_records
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig

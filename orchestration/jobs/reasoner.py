@@ -18,10 +18,13 @@ from orchestration.assets.models import tokenizer_source
 from orchestration.data.partners import with_partners
 from orchestration.jobs.checkpoints import Done, read_curve
 from orchestration.jobs.evaluation import CONDITIONS, ROWS, EvaluationJob, summarise
-from orchestration.jobs.first_rank import build_on_first_rank, give_freed_memory_back
-from orchestration.jobs.model_card import model_card
-from orchestration.jobs.results import ReasonerResult, StageResult
-from orchestration.jobs.stage_weights import TRAINED_WEIGHTS, build_for_stage
+from orchestration.jobs.results import ReasonerResult, StageResult, model_card
+from orchestration.jobs.stage_weights import (
+    TRAINED_WEIGHTS,
+    build_for_stage,
+    build_on_first_rank,
+    give_freed_memory_back,
+)
 from orchestration.jobs.steps import Inputs, Meter, mean_loss, train_micro_batches
 from orchestration.jobs.worker import Point, Stage
 from orchestration.recipe import Recipe

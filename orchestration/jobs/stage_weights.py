@@ -1,21 +1,30 @@
-"""A reasoning model built from its parts' sources and from what earlier stages trained."""
+"""A reasoning model built from the sources of its parts and from what earlier stages trained.
+
+The first rank alone reads it. DeepSpeed sends every parameter from there when an engine starts, at ZeRO 3 one by one
+into the shards, so the other ranks need a model of the same shape and nothing in it: a machine that holds several ranks
+never holds as many copies, because memory that was set aside and not yet written to takes no room.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
-from orchestration.assets.encoder_files import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
+from orchestration.assets.model_files import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
 from orchestration.assets.models import fetch_llm, public_name
 from orchestration.recipe import Recipe
 from orchestration.recipe.stage_config import StageConfig
 from orchestration.services import storage
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, TinyEmoError
 from tinyemo.reasoner.loading import build_reasoner
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.sources import is_random
@@ -28,7 +37,7 @@ TRAINED_WEIGHTS = "trained.safetensors"
 
 
 def build_start(recipe: Recipe) -> Reasoner:
-    """The model as no stage has seen it yet, fp32: parts from their sources, the connector seeded, equal anywhere."""
+    """Return the fp32 model before its first stage: parts from their sources, the connector seeded, equal anywhere."""
     source = recipe.reasoner
     hf_logging.disable_progress_bar()
     if is_random(source.vision_tower):
@@ -50,7 +59,7 @@ def build_start(recipe: Recipe) -> Reasoner:
 
 
 def build_for_stage(recipe: Recipe, stage: str, weights: dict[str, str]) -> Reasoner:
-    """The model as a stage begins with it: earlier stages' weights in place, what this one trains unfrozen.
+    """Return the model as a stage begins with it: earlier stages' weights in place, what this one trains unfrozen.
 
     Args:
         recipe: of the run.
@@ -66,7 +75,7 @@ def build_for_stage(recipe: Recipe, stage: str, weights: dict[str, str]) -> Reas
 
 
 def build_trained(recipe: Recipe, weights: dict[str, str]) -> Reasoner:
-    """The model after its last stage, adapters merged, nothing trained any more."""
+    """Return the model after its last stage, adapters merged and frozen."""
     model = build_start(recipe)
     for name, config in recipe.stages.items():
         model = finish_stage(model, config, weights[name], recipe.train.seed)
@@ -75,7 +84,7 @@ def build_trained(recipe: Recipe, weights: dict[str, str]) -> Reasoner:
 
 
 def prepare_stage(model: Reasoner, stage: StageConfig, seed: int) -> Reasoner:
-    """The model with what the stage trains unfrozen, in training mode; its adapters are in, seeded."""
+    """Return the model in training mode with seeded adapters and what the stage trains unfrozen."""
     select_trained(
         model,
         stage.trains,
@@ -95,7 +104,7 @@ def prepare_stage(model: Reasoner, stage: StageConfig, seed: int) -> Reasoner:
 
 
 def finish_stage(model: Reasoner, stage: StageConfig, uri: str, seed: int) -> Reasoner:
-    """The model with what a finished stage trained, adapters merged, as the next stage begins with it."""
+    """Return the model with what a finished stage trained, adapters merged, as the next stage begins with it."""
     prepare_stage(model, stage, seed)
     load_trained(model, uri)
     merge_adapters(model)
@@ -120,3 +129,60 @@ def load_trained(model: Reasoner, uri: str) -> None:
                 raise DataError(f"{uri} holds other parameters than the stage trains, the first is {odd[0]}")
             for key, parameter in trained.items():
                 parameter.copy_(file.get_tensor(key))
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(3)."""
+
+
+def give_freed_memory_back(*, at_once: bool) -> None:
+    """Set whether a tensor of a mebibyte or more that this process frees goes back to the machine at once.
+
+    glibc keeps freed blocks of up to 32 MiB for later, so that a rank which takes in a model parameter by parameter and
+    keeps its shard of each would end up holding the whole; off are the rules that glibc itself arrives at.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    mallopt(_MMAP_THRESHOLD, 2**20 if at_once else 32 * 2**20)
+    mallopt(_TRIM_THRESHOLD, 2**17 if at_once else 64 * 2**20)
+
+
+def build_on_first_rank(build: Callable[[], Reasoner], stage: StageConfig, seed: int) -> Reasoner:
+    """Return the model of `build` on the first rank; elsewhere a model of its shape and buffers, without weights.
+
+    Args:
+        build: the model as the stage begins with it, see `build_for_stage`; called on the first rank alone.
+        stage: that it is prepared for.
+        seed: of the stage's adapters.
+
+    Raises:
+        TinyEmoError: what `build` raises, on every rank.
+    """
+    model: Reasoner | None = None
+    sent: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            model = build()
+            sent = [(model.config, dict(model.named_buffers()), _shapes(model))]
+        except TinyEmoError as error:
+            sent = [error]
+    torch.distributed.broadcast_object_list(sent)
+    if isinstance(sent[0], TinyEmoError):
+        raise sent[0]
+    if model is not None:
+        return model
+    config, buffers, shapes = sent[0]
+    with no_init_weights():
+        model = Reasoner._from_config(config, dtype=torch.float32)
+    assert isinstance(model, Reasoner)
+    model.tie_weights()
+    prepare_stage(model, stage, seed)
+    assert _shapes(model) == shapes, "a model built from its configuration has the parameters of the first rank's"
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return model
+
+
+def _shapes(model: Reasoner) -> list[tuple[str, torch.Size, bool]]:
+    return [(name, parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()]

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestration.data.dataset import SplitRows, carve_validation
 from orchestration.data.plan import Plan, PlannedSet, RowGroups
-from orchestration.data.sets import RecordSet, features_array, read_records
+from orchestration.data.sets import RecordSet, SplitRows, carve_validation, features_array, read_records
 from orchestration.jobs.prepare import Preparation
 from orchestration.jobs.projector import build_projector, objective_of
 from orchestration.recipe import Recipe

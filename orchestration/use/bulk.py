@@ -159,7 +159,7 @@ class BulkActor:
 
 def _run_actors(job: Job, chunks: Sequence[Sequence[str]]) -> Iterator[list[Row]]:
     """Yield the rows of each chunk as its actor is done with it."""
-    from orchestration.data.actor_pool import PoolConfig, run_on_actors
+    from orchestration.data.tasks import PoolConfig, run_on_actors
     from orchestration.services.ray_cluster import connect
 
     connect()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from orchestration.assets.catalogue import open_embedding_table
-from orchestration.assets.encoder_files import COMMIT, EncoderChoice, choose_encoder, describe_choice, open_choice
+from orchestration.assets.model_files import COMMIT, EncoderChoice, choose_encoder, describe_choice, open_choice
 from orchestration.use.bulk import Job, Row
 from orchestration.use.locations import read_image
 from tinyemo.classification import predict_labels

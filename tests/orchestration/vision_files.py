@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from record_files import record
 
-from orchestration.assets.encoder_files import choose_encoder, describe_choice
+from orchestration.assets.model_files import choose_encoder, describe_choice
 from orchestration.data.features import FeatureJob, PoolConfig
 from orchestration.data.manifest import Manifest
 from orchestration.services import storage

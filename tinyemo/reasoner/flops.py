@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyemo.reasoner.model import Reasoner
-from tinyemo.reasoner.towers import VisionTower
+from tinyemo.reasoner.model import Reasoner, VisionTower
 
 
 @dataclass(frozen=True)

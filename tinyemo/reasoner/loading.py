@@ -19,10 +19,9 @@ from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder, read_vision_
 from tinyemo.errors import DataError
 from tinyemo.families import FAMILY
 from tinyemo.reasoner.config import LANGUAGE_MODELS, ReasonerConfig
-from tinyemo.reasoner.model import Reasoner
+from tinyemo.reasoner.model import Reasoner, VisionTower
 from tinyemo.reasoner.presets import text_preset, vision_preset
 from tinyemo.reasoner.sources import Source, find_gguf, is_random, preset_name
-from tinyemo.reasoner.towers import VisionTower
 from tinyemo.tokenizer_files import open_tokenizer
 from tinyemo.vision import load_network
 

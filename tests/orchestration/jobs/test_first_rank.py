@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import sys
 import psutil, torch
-from orchestration.jobs.first_rank import give_freed_memory_back
+from orchestration.jobs.stage_weights import give_freed_memory_back
 
 def resident() -> int:
     return psutil.Process().memory_info().rss

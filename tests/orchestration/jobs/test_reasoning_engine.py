@@ -13,9 +13,8 @@ from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 
 from orchestration.data.batch import Batch
 from orchestration.data.plan import rank_slice
-from orchestration.jobs.first_rank import build_on_first_rank
 from orchestration.jobs.reasoner import start_stage
-from orchestration.jobs.stage_weights import prepare_stage
+from orchestration.jobs.stage_weights import build_on_first_rank, prepare_stage
 from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recipe.stage_config import StageConfig

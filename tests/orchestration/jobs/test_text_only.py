@@ -13,8 +13,8 @@ from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
 from orchestration.data.batch import Batch
 from orchestration.jobs.checkpoints import StageState
 from orchestration.jobs.evaluation import measure_records, summarise
-from orchestration.jobs.model_card import evaluation_lines
 from orchestration.jobs.paired import compare_runs
+from orchestration.jobs.results import evaluation_lines
 from orchestration.jobs.stage_weights import prepare_stage
 from orchestration.jobs.steps import Inputs
 from orchestration.recipe import parse_recipe
