@@ -100,7 +100,7 @@ class ReadHere:
 def store_batches(recipe: Recipe, folder: Path) -> None:
     """The run's micro-batches as each rank of the job gets them, for the twin."""
     from orchestration.assets.models import describe_sources
-    from orchestration.jobs.prepare import prepare_reasoning
+    from orchestration.jobs.reasoning_plan import prepare_reasoning
     from orchestration.jobs.steps import Inputs
     from tinyemo.conversation import IMAGE_TOKEN_ID
 

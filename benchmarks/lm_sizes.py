@@ -81,7 +81,7 @@ def run_without_mlflow(recipe: Recipe, folder: str) -> StageState:
     """Run the stage of a recipe through the real job, without its lease, MLflow run and export."""
     from orchestration.jobs import reasoner
     from orchestration.jobs.job import run_workers
-    from orchestration.jobs.prepare import prepare_reasoning
+    from orchestration.jobs.reasoning_plan import prepare_reasoning
 
     stage = reasoner.stage(replace(prepare_reasoning(recipe), validation=None), "stage", {}, folder)
     return run_workers(replace(stage, job=replace(stage.job, model="")), folder, None, None, None)

@@ -51,7 +51,7 @@ def run_peer(system: str, settings: dict[str, Any], path: Path) -> dict[str, flo
 
 def run_ours(settings: dict[str, Any], decode: str, number: int) -> dict[str, float]:
     """The exact stream under Ray Train, two workers."""
-    from orchestration.jobs.job import read_stream
+    from orchestration.jobs.reading import read_stream
     from orchestration.recipe import load_recipe
 
     overrides = [

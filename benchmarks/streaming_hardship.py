@@ -35,7 +35,7 @@ def measure_resume() -> dict[str, Any]:
     from cluster.state import load_state, resolve_folder
     from orchestration.data.ledger import check_ledger, read_ledger
     from orchestration.jobs.checkpoints import read_state
-    from orchestration.jobs.prepare import prepare_records
+    from orchestration.jobs.reading import prepare_records
     from orchestration.recipe import load_recipe
     from orchestration.services import storage
 
@@ -96,8 +96,7 @@ def measure_resume() -> dict[str, Any]:
 def measure_mix() -> dict[str, Any]:
     """One job over an abundant and a small data set by weight: what its ledger holds of each."""
     from orchestration.data.ledger import read_ledger
-    from orchestration.jobs.job import read_stream
-    from orchestration.jobs.prepare import prepare_records
+    from orchestration.jobs.reading import prepare_records, read_stream
     from orchestration.recipe import load_recipe
 
     abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()

@@ -80,7 +80,7 @@ def stream(
     Example: tinyemo stream oasis-stream --ledger
     """
     loaded = load(recipe, overrides)
-    from orchestration.jobs.job import describe_reading, read_stream
+    from orchestration.jobs.reading import describe_reading, read_stream
 
     if dry_run:
         show_plan([(loaded, describe_reading(loaded))], "stream", as_json)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from orchestration.data.forms import FeatureForm, RecordForm
 from orchestration.data.plan import Ints, Placed, Plan, Tail, Window, rank_slice
 from orchestration.data.sets import RecordSet, read_records
-from orchestration.recipe.data_config import DataConfig, RecordsConfig
+from orchestration.recipe.sections import DataConfig, RecordsConfig
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import ConfigError, TrainingError
 
@@ -47,6 +47,10 @@ EVALUATION_ROWS = 16_384
 """Feature rows of one evaluation batch over all ranks: 25 MB of 768 float16."""
 WAITS_S = 10.0
 """A rank that waits this long for its first batch says for what."""
+NO_DATASET = (
+    "names no data set; make one with `tinyemo ingest instruct` or `tinyemo ingest oasis` and say "
+    "--set 'records.datasets=[\"s3://tinyemo/datasets/oasis\"]'"
+)
 
 
 @dataclass(frozen=True)

@@ -10,36 +10,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from orchestration.jobs.checkpoints import Done, read_state
 from orchestration.jobs.lease import Lease, hold_lease, read_claim, run_folder
-from orchestration.jobs.prepare import (
-    Preparation,
-    ReasoningPlan,
-    order_only,
-    prepare,
-    prepare_reasoning,
-    prepare_records,
-)
-from orchestration.jobs.results import ReasonerResult, Result, StreamResult, TrainResult
+from orchestration.jobs.prepare import Preparation, prepare
+from orchestration.jobs.results import ReasonerResult, Result, TrainResult
 from orchestration.recipe import Recipe, to_toml
 from orchestration.services import storage, tracking
 
 if TYPE_CHECKING:
-    from orchestration.data.stream import Stream
     from orchestration.jobs.attempts import Progress
     from orchestration.jobs.checkpoints import StageState
+    from orchestration.jobs.reasoning_plan import ReasoningPlan
     from orchestration.jobs.worker import Stage
 
-Plan = Preparation | ReasoningPlan
+Plan = Union[Preparation, "ReasoningPlan"]
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_run(recipe: Recipe) -> Plan:
     """Return what a recipe reads, checked against its data: of a reasoning model where it has stages."""
-    return prepare_reasoning(recipe) if recipe.stages else prepare(recipe)
+    if not recipe.stages:
+        return prepare(recipe)
+    # By its name, like the task: a projector's job imports nothing of language models.
+    plan: ReasoningPlan = importlib.import_module("orchestration.jobs.reasoning_plan").prepare_reasoning(recipe)
+    return plan
 
 
 def train(recipe: Recipe, *, parent_run_id: str | None = None, progress: Progress | None = None) -> Result:
@@ -158,35 +155,6 @@ def run_workers(
     return run_stage(stage, ReportCallback(folder, run_logger, stage.prefix, lease), progress)
 
 
-def read_stream(recipe: Recipe, *, has_ledger: bool = False, progress: Progress | None = None) -> StreamResult:
-    """Read every step of a recipe, from where an earlier call of the same name left it, at any number of workers.
-
-    Raises:
-        TrainingError: the name belongs to other records or another order, or workers were lost too often.
-        TinyEmoError: see `prepare_records`, and what the servers say.
-    """
-    plan = prepare_records(recipe)
-    folder, order = run_folder(recipe), order_only(recipe)
-    data = _digests(plan)
-    if read_claim(folder, order, data) is not None and storage.exists(f"{folder}/result.json"):
-        logger.warning("%s is finished already; its result stands in %s", recipe.name, folder)
-        return StreamResult(**storage.read_json(f"{folder}/result.json"))
-    # Torch and Ray take seconds to import: problems of a recipe or its records have been reported by now.
-    from orchestration.jobs import reading
-    from orchestration.services.ray_cluster import connect
-
-    connect()
-    with hold_lease(folder, order, data, kind="stream") as lease:
-        if lease.run_id is None:
-            lease.write_claim("")
-        stage = reading.stage(plan, recipe, folder, has_ledger=has_ledger)
-        state = run_workers(stage, f"{folder}/read", None, lease, progress)
-        result = reading.conclude(plan, recipe, state, folder, has_ledger=has_ledger)
-        lease.write_json(f"{folder}/result.json", asdict(result))
-    reading.require_exact(result)
-    return result
-
-
 def describe(recipe: Recipe) -> dict[str, Any]:
     """Return what is known of a run before anything starts; also check that the name is free for it.
 
@@ -198,29 +166,3 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     recipe = plan.recipe
     read_claim(run_folder(recipe), recipe, plan.data_digests())
     return {"name": recipe.name, "recipe_digest": recipe.digest(), **plan.facts()}
-
-
-def describe_reading(recipe: Recipe) -> dict[str, Any]:
-    """Return what is known of a reading before anything starts; also check that the name is free for it.
-
-    Raises:
-        TrainingError: the name belongs to other records or another order.
-        TinyEmoError: see `prepare_records`.
-    """
-    plan = prepare_records(recipe)
-    read_claim(run_folder(recipe), order_only(recipe), _digests(plan))
-    return {
-        "name": recipe.name,
-        "records": {part.manifest.uri: part.manifest.splits[part.split].rows for part in plan.sets},
-        "records_per_epoch": plan.plan.samples_per_epoch,
-        "steps": plan.num_steps,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "global_batch_size": plan.plan.global_batch_size,
-        "windows": plan.plan.num_windows,
-        "readers": plan.num_readers,
-        "workers": plan.world_size,
-    }
-
-
-def _digests(plan: Stream) -> dict[str, str]:
-    return {f"{place}/{part.manifest.name}": part.manifest.digest for place, part in enumerate(plan.sets)}

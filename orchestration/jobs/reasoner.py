@@ -28,7 +28,7 @@ from orchestration.jobs.stage_weights import (
 from orchestration.jobs.steps import Inputs, Meter, mean_loss, train_micro_batches
 from orchestration.jobs.worker import Point, Stage
 from orchestration.recipe import Recipe
-from orchestration.recipe.stage_config import StageConfig
+from orchestration.recipe.sections import StageConfig
 from orchestration.services import storage, tracking
 from orchestration.services.engine import Engine, gathered, start_engine, trained_state_dict
 from tinyemo.errors import TrainingError
@@ -38,7 +38,7 @@ from tinyemo.reasoner.trained import parameter_groups
 from tinyemo.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
-    from orchestration.jobs.prepare import ReasoningPlan
+    from orchestration.jobs.reasoning_plan import ReasoningPlan
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestration.recipe import to_toml
 
 if TYPE_CHECKING:
-    from orchestration.jobs.prepare import ReasoningPlan
+    from orchestration.jobs.reasoning_plan import ReasoningPlan
 
 
 @dataclass(frozen=True)

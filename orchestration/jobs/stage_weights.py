@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from orchestration.assets.model_files import CONFIG_FILES, WEIGHT_FILES, choose_encoder, describe_choice, fetch
 from orchestration.assets.models import fetch_llm, public_name
 from orchestration.recipe import Recipe
-from orchestration.recipe.stage_config import StageConfig
+from orchestration.recipe.sections import StageConfig
 from orchestration.services import storage
 from tinyemo.errors import DataError, TinyEmoError
 from tinyemo.reasoner.loading import build_reasoner

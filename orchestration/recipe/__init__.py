@@ -1,6 +1,5 @@
 """The recipe: the validated configuration of a run, read from TOML and `--set section.key=value`."""
 
-from orchestration.recipe.data_config import DataConfig, RecordsConfig
 from orchestration.recipe.recipe import (
     CheckpointConfig,
     FamilyConfig,
@@ -15,6 +14,7 @@ from orchestration.recipe.recipe import (
     shipped_recipes,
     to_toml,
 )
+from orchestration.recipe.sections import DataConfig, RecordsConfig
 
 __all__ = [
     "CheckpointConfig", "DataConfig", "FamilyConfig", "Recipe", "RecordsConfig", "TrainConfig", "WorkersConfig",

@@ -11,9 +11,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from orchestration.recipe.data_config import DataConfig, RecordsConfig
-from orchestration.recipe.engine_config import EngineConfig, OptimizerConfig
-from orchestration.recipe.stage_config import EvaluationConfig, ReasonerSource, StageConfig, stage_problems
+from orchestration.recipe.sections import (
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ReasonerSource,
+    RecordsConfig,
+    StageConfig,
+    stage_problems,
+)
 from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml, toml_lines
 from orchestration.search.space import SearchConfig, space_problems
 from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestration.recipe.engine_config import EngineConfig, OptimizerConfig
+from orchestration.recipe.sections import EngineConfig, OptimizerConfig
 from tinyemo.errors import TrainingError
 
 logger = logging.getLogger(__name__)

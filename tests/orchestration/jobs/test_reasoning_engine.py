@@ -17,7 +17,7 @@ from orchestration.jobs.reasoner import start_stage
 from orchestration.jobs.stage_weights import build_on_first_rank, prepare_stage
 from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
 from orchestration.recipe import Recipe, parse_recipe
-from orchestration.recipe.stage_config import StageConfig
+from orchestration.recipe.sections import StageConfig
 from orchestration.services.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
 from tinyemo.errors import DataError, TrainingError
 from tinyemo.reasoner.model import Reasoner

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orchestration.data.stream import Stream
-from orchestration.jobs.prepare import prepare_reasoning
+from orchestration.jobs.reasoning_plan import prepare_reasoning
 from orchestration.jobs.stage_weights import build_for_stage
 from orchestration.jobs.steps import Inputs, losses_by_record
 from orchestration.recipe import load_recipe

@@ -11,7 +11,7 @@ from job_runner import Jobs
 from record_files import drawn_picture
 
 from orchestration.data.ledger import check_ledger, read_ledger
-from orchestration.jobs.prepare import prepare_records
+from orchestration.jobs.reading import prepare_records
 from orchestration.recipe import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -18,7 +18,7 @@ from orchestration.jobs.results import evaluation_lines
 from orchestration.jobs.stage_weights import prepare_stage
 from orchestration.jobs.steps import Inputs
 from orchestration.recipe import parse_recipe
-from orchestration.recipe.stage_config import StageConfig
+from orchestration.recipe.sections import StageConfig
 from orchestration.services import storage
 from tinyemo.errors import ConfigError, DataError, TrainingError
 

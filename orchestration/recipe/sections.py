@@ -1,14 +1,97 @@
-"""Sections of a recipe about the reasoning model: its parts, its stages and its evaluation."""
+"""Sections of a recipe: data, engine, optimizer, and a reasoning model's parts, stages and evaluation.
+
+This module imports neither torch, pyarrow nor Ray, so a recipe is read at once.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tinyemo.chat_templates import TemplateName
 from tinyemo.config import Section
+
+
+class DataConfig(Section):
+    """The features that a projector trains on, and their order."""
+
+    dataset: str = Field("s3://tinyemo/datasets/emotion6", pattern=r"^s3://[^/]+/.+")
+    """S3 address of a feature data set; reads its newest version, or one version with `/<version>` at the end."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the train split that is kept for validation, taken from each label by id hash; 0 for no validation."""
+    validation_fold: NonNegativeInt = 0
+    """Index of the share that is kept: fold k is the k-th part of the train split."""
+    validation_split: str | None = None
+    """Split of the data set to validate on. If set, fraction and fold have no effect."""
+    leave_out: tuple[str, ...] = ()
+    """Labels to leave out of training, validation and test, so that zero-shot accuracy can be measured on them."""
+    pool_mib: PositiveFloat = 64.0
+    """MiB of stored rows that are shuffled together; a split with fewer is permuted as a whole."""
+    num_readers: PositiveInt = 2
+    """Ray Data tasks that read at the same time."""
+
+
+class RecordsConfig(Section):
+    """The instruct records that a reasoning model trains on, their order and their form."""
+
+    datasets: tuple[str, ...] = ()
+    """S3 addresses of instruct data sets, or of one version each with `/<version>` at the end."""
+    weights: tuple[PositiveFloat, ...] = ()
+    """Share of each data set in an epoch, relative to the others; empty reads every record once per epoch."""
+    split: str = "train"
+    """Split to train on."""
+    pool_mib: PositiveFloat = 64.0
+    """MiB of stored records that are shuffled together, as whole row groups; one reading task fetches a pool."""
+    tail: Literal["drop", "pad"] = "drop"
+    """Last short batch of an epoch: drop it, or pad it with masked records, on every rank alike."""
+    decode: Literal["reader", "worker"] = "worker"
+    """Process that decodes images: reading tasks (pixels travel) or training workers (compressed files travel)."""
+    image_size: PositiveInt = 224
+    """Side of the square images, pixels; a run with a vision tower uses the tower's own preprocessing."""
+    image_tokens: PositiveInt = 1
+    """Placeholder ids per image; a run with a vision tower uses the tower's number of patches."""
+    tokenizer: str = "smollm2-135m"
+    """Asset name, or a folder with a Hugging Face tokenizer; empty to read images alone."""
+    template: TemplateName = "plain"
+    """Chat template: plain (which leaves out a caption's question), llama, phi or chatml."""
+    end_token: str = "<|im_end|>"
+    """Token that closes an answer; one of the tokenizer's tokens."""
+    max_length: PositiveInt = 2048
+    """Longest conversation, tokens, including those of the image; longer ones are cut."""
+    num_readers: PositiveInt = 2
+    """Ray Data tasks that read at the same time."""
+    batches_ahead: PositiveInt = 2
+    """Batches that a worker prepares before they are needed."""
+
+
+class EngineConfig(Section):
+    """How DeepSpeed shards the model and in which precision it computes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """State sharded over the ranks: 0 none, 1 optimizer state, 2 also gradients, 3 also parameters. Use 0 for a
+    projector: its state is a few megabytes, so sharding costs more than it saves."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type; auto takes bf16 on a GPU and fp32 on a CPU, and logs which."""
+    bucket_elements: PositiveInt = 16_777_216
+    """Elements of one communication bucket; DeepSpeed's default of 5e8 takes gigabytes on each rank."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Memory that holds optimizer state between steps: the device's, or the host's (needs ZeRO 1 to 3)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with a OneCycle schedule, as published (arXiv 2410.07062): the first rate is max_lr / 25 = 2e-5."""
+
+    max_lr: PositiveFloat = 5e-4
+    """Highest learning rate of the cycle."""
+    pct_start: float = Field(0.005, gt=0, lt=1)
+    """Share of the steps before the highest rate."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay, per unit of learning rate."""
+    gradient_clipping: NonNegativeFloat = 0.0
+    """Largest L2 norm of the gradient over all parameters; a larger gradient is scaled down to it. 0: no clipping."""
+
 
 Trains = Literal["connector", "llm", "lora", "last_layers"]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestration.recipe import load_recipe, parse_recipe
-from orchestration.recipe.stage_config import PUBLISHED, StageConfig
+from orchestration.recipe.sections import PUBLISHED, StageConfig
 from tinyemo.errors import ConfigError
 
 
