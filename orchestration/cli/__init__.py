@@ -14,8 +14,7 @@ import typer
 from orchestration.cli.assets import assets_app
 from orchestration.cli.compare import compare
 from orchestration.cli.explain import explain
-from orchestration.cli.features import features
-from orchestration.cli.ingest import ingest_app
+from orchestration.cli.ingest import features, ingest_app
 from orchestration.cli.platform import platform_app
 from orchestration.cli.recipes import recipes_app
 from orchestration.cli.runs import datasets_app, runs_app

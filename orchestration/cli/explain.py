@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,7 +72,7 @@ def explain(
     bulk.check_output(output)
     found, is_many = find_images(images)
     place = find_export(model, "model")
-    with progress() as advance, redirect_stdout(sys.stderr):
+    with progress() as advance:
         from tinyemo.projector import MetricProjector
 
         chooser = None if projector is None else MetricProjector.from_pretrained(fetch_export(projector, "projector"))

@@ -1,22 +1,22 @@
-"""`tinyemo ingest`: put data sets into S3."""
+"""`tinyemo ingest` and `tinyemo features`: put data sets into S3, and features of an encoder for their images."""
 
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cluster.environment import load_platform_environment
-from orchestration.cli.ingest_output import show_json, show_label_counts, show_rejected
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
 from orchestration.cli.progress import progress
 
 if TYPE_CHECKING:
+    from orchestration.data.features import FeaturesReport
     from orchestration.data.ingest import IngestReport
+    from orchestration.data.manifest import Manifest
+
 
 ingest_app = typer.Typer(help="Put data sets into S3, checked, sharded and versioned.", no_args_is_help=True)
 
@@ -67,7 +67,7 @@ def features_command(
     from orchestration.data.ingest import ingest_features
 
     load_platform_environment()
-    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+    with progress() as advance:
         report = ingest_features(
             source,
             name=name,
@@ -114,22 +114,19 @@ def images_command(
     Example: tinyemo ingest images --labels labels.csv --images photos --taxonomy mikels --name fi
     """
     from orchestration.data.ingest import ingest_images
-    from orchestration.data.ingest_rules import Layout, load_rules
 
-    load_platform_environment()
     given = [f"taxonomy={json.dumps(taxonomy)}"] if taxonomy else []
-    chosen = load_rules(rules, [*given, *(overrides or [])])
-    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+    options = _record_options(rules, [*given, *(overrides or [])], rows_per_group, shard_bytes)
+    with progress() as advance:
         report = ingest_images(
             labels,
             images,
             name=name,
             root=root or default_root(),
-            rules=chosen,
             split=split,
-            layout=Layout(rows_per_group=rows_per_group, shard_bytes=shard_bytes),
             is_forced=is_forced,
             advance=advance,
+            **options,
         )
     _show(report, as_json=as_json)
 
@@ -158,22 +155,28 @@ def instruct_command(
     --set foreign_root=/home/author/images
     """
     from orchestration.data.ingest import ingest_instruct
-    from orchestration.data.ingest_rules import Layout, load_rules
 
-    load_platform_environment()
-    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+    options = _record_options(rules, overrides or [], rows_per_group, shard_bytes)
+    with progress() as advance:
         report = ingest_instruct(
             records,
             images,
             name=name,
             root=root or default_root(),
-            rules=load_rules(rules, overrides),
             split=split,
-            layout=Layout(rows_per_group=rows_per_group, shard_bytes=shard_bytes),
             is_forced=is_forced,
             advance=advance,
+            **options,
         )
     _show(report, as_json=as_json)
+
+
+def _record_options(rules: Path | None, overrides: list[str], rows_per_group: int, shard_bytes: int) -> dict[str, Any]:
+    from orchestration.data.ingest_rules import Layout, load_rules
+
+    load_platform_environment()
+    layout = Layout(rows_per_group=rows_per_group, shard_bytes=shard_bytes)
+    return {"rules": load_rules(rules, overrides), "layout": layout}
 
 
 @ingest_app.command("oasis")
@@ -212,7 +215,7 @@ def oasis_command(
     }
     load_platform_environment()
     rules = parse_section(OasisRules, chosen, source="the rules of OASIS cannot be used")
-    with progress() as advance, redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
+    with progress() as advance:
         report = ingest_oasis(name=name, root=root or default_root(), rules=rules, is_forced=is_forced, advance=advance)
     if not as_json:
         typer.echo("answers are TEMPLATES filled from the norms; emotions are a rule over mean valence and arousal")
@@ -239,7 +242,7 @@ def _show(report: IngestReport, *, as_json: bool) -> None:
             "uploaded_bytes": report.uploaded_bytes,
             "seconds": round(report.seconds, 3),
         }
-        show_json(manifest, document)
+        _show_json(manifest, document)
         return
     if manifest.data == "generated":
         typer.echo("GENERATED data: noise or templates, not people's labels; figures from it mean nothing")
@@ -248,12 +251,145 @@ def _show(report: IngestReport, *, as_json: bool) -> None:
             counts = ", ".join(f"{task} {rows}" for task, rows in tasks.items())
             typer.echo(f"{split}: {manifest.splits[split].rows} records ({counts})")
     else:
-        show_label_counts(manifest, "images" if manifest.kind == "images" else "rows")
+        _show_label_counts(manifest, "images" if manifest.kind == "images" else "rows")
     duplicates = "" if manifest.kind == "features" else f" + duplicates {report.rows_duplicate}"
     rejected = manifest.rejected.rows if manifest.kind == "features" else report.rows_rejected
     typer.echo(f"rows in {manifest.rows_in} = kept {manifest.rows_kept} + rejected {rejected}{duplicates}")
-    show_rejected(manifest)
+    _show_rejected(manifest)
     if card:
         typer.echo(f"card: {report.run_url or card}")
     stored = "unchanged" if report.is_unchanged else f"stored {report.num_uploaded} files, {report.uploaded_bytes:,} B"
     typer.echo(f"{manifest.uri}: {stored} in {report.seconds:.1f} s")
+
+
+# Options of the pool of actors.
+ActorsOption = Annotated[
+    int | None, typer.Option("--actors", help="Actors that encode.  [default: all that the cluster has room for]")
+]
+CpusOption = Annotated[float, typer.Option(help="CPUs of one actor; also its threads.")]
+GpusOption = Annotated[
+    float | None, typer.Option(help="GPUs, or a fraction.  [default: 1 where the cluster has one, else 0]")
+]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(help="Images per forward pass.  [default: measured on the device]", min=1)
+]
+
+
+def features(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Data set with images: its name under the root, or s3://...")
+    ],
+    name: Annotated[str, typer.Option(help="Name of the feature data set in S3.", show_default=False)],
+    encoder: Annotated[
+        str, typer.Option(help="efficientnet-lite0, a folder, or owner/name of CLIP, SigLIP or DINOv2 on the hub.")
+    ] = "efficientnet-lite0",
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Pins a name on the hub: 40 hexadecimal digits.")
+    ] = None,
+    root: RootOption = None,
+    has_patches: Annotated[
+        bool, typer.Option("--patches/--no-patches", help="Store patch features beside the pooled ones.")
+    ] = True,
+    images_per_part: Annotated[
+        int, typer.Option(help="Images of one shard, the unit that a killed run goes on from.", min=1)
+    ] = 256,
+    num_actors: ActorsOption = None,
+    cpus_per_actor: CpusOption = 1.0,
+    gpus_per_actor: GpusOption = None,
+    batch_size: BatchSizeOption = None,
+    is_forced: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Encode every image once on a pool of actors; the result is a feature data set that `tinyemo train` reads.
+
+    The same command again computes only what an interrupted run left out.
+
+    Example: tinyemo features oasis --encoder efficientnet-lite0 --name oasis-lite0
+    """
+    from orchestration.assets.model_files import choose_encoder
+    from orchestration.data.features import make_features
+    from orchestration.data.tasks import PoolConfig
+    from orchestration.recipe.toml_sections import parse_section
+
+    load_platform_environment()
+    choice = choose_encoder(encoder, revision)
+    wanted = {
+        "num_actors": num_actors,
+        "cpus_per_actor": cpus_per_actor,
+        "gpus_per_actor": gpus_per_actor,
+        "batch_size": batch_size,
+    }
+    pool = parse_section(PoolConfig, wanted, source="the pool cannot be used")
+    folder = root or default_root()
+    with progress() as advance:
+        report = make_features(
+            dataset if dataset.startswith("s3://") else f"{folder}/{dataset}",
+            choice,
+            name=name,
+            root=folder,
+            pool=pool,
+            images_per_part=images_per_part,
+            has_patches=has_patches,
+            is_forced=is_forced,
+            advance=advance,
+        )
+    _show_features(report, as_json=as_json)
+
+
+def _show_features(report: FeaturesReport, *, as_json: bool) -> None:
+    manifest = report.manifest
+    assert manifest.encoder is not None
+    if as_json:
+        document = {
+            "unchanged": report.is_unchanged,
+            "encoder": manifest.encoder.model_dump(),
+            "feature_width": manifest.feature_width,
+            "patch_grid": manifest.patch_grid,
+            "patch_width": manifest.patch_width,
+            "images_in": manifest.rows_in,
+            "images_kept": manifest.rows_kept,
+            "images_rejected": manifest.rejected.rows,
+            "patch_rows": sum(shard.rows for shard in manifest.patches),
+            "parts": report.num_parts,
+            "parts_resumed": report.num_resumed,
+            "actors": report.num_actors,
+            "seconds": round(report.seconds, 3),
+        }
+        _show_json(manifest, document)
+        return
+    if manifest.encoder.weights == "random":
+        typer.echo("RANDOM WEIGHTS: this encoder was never trained; figures from its features mean nothing")
+    typer.echo(f"encoder {manifest.encoder}: {manifest.feature_width} numbers an image")
+    _show_label_counts(manifest, "images")
+    rejected = manifest.rejected.rows
+    typer.echo(f"images in {manifest.rows_in} = kept {manifest.rows_kept} + without a pooled row {rejected}")
+    _show_rejected(manifest)
+    if manifest.patch_grid is not None:
+        grid = " x ".join(str(side) for side in (*manifest.patch_grid, manifest.patch_width))
+        typer.echo(f"patches: {sum(shard.rows for shard in manifest.patches)} images, {grid} each")
+    done = f"{report.num_parts} parts, {report.num_resumed} of them by an earlier run"
+    typer.echo(f"{manifest.uri}: {'unchanged' if report.is_unchanged else done} in {report.seconds:.1f} s")
+
+
+def _show_json(manifest: Manifest, document: dict[str, Any]) -> None:
+    shared = {
+        "uri": manifest.uri,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "reasons": manifest.rejected.reasons,
+        "splits": {split: counts.model_dump() for split, counts in manifest.splits.items()},
+    }
+    typer.echo(json.dumps(shared | document, indent=2, sort_keys=True))
+
+
+def _show_label_counts(manifest: Manifest, unit: str) -> None:
+    for split, counts in manifest.splits.items():
+        labels = ", ".join(f"{label} {rows}" for label, rows in counts.labels.items())
+        typer.echo(f"{split}: {counts.rows} {unit} ({labels})")
+
+
+def _show_rejected(manifest: Manifest) -> None:
+    for reason, rows in manifest.rejected.reasons.items():
+        typer.echo(f"  {reason}: {rows}")
+    if manifest.rejected.rows:
+        typer.echo(f"  see {manifest.file_uri(manifest.rejected.path)}")

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
 import typer
@@ -31,14 +31,18 @@ FIGURES = {
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Yield a callback that draws one bar per stage on a terminal, and prints lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield line_printer()
-        return
-    from rich.console import Console
+    """Yield a callback that draws one bar per stage on a terminal, and prints lines elsewhere.
 
-    with draw_bars(Console(stderr=True)) as advance:
-        yield advance
+    Nothing in the block reaches stdout, which is for results: Ray reports lost workers there.
+    """
+    with redirect_stdout(sys.stderr):
+        if not sys.stderr.isatty():
+            yield line_printer()
+            return
+        from rich.console import Console
+
+        with draw_bars(Console(stderr=True)) as advance:
+            yield advance
 
 
 def line_printer(clock: Callable[[], float] = time.monotonic) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,12 +103,9 @@ def load(recipe: str, overrides: list[str] | None) -> Recipe:
 
 @contextmanager
 def stoppable() -> Iterator[Progress]:
-    """Yield a callback for progress; Ctrl-C and SIGTERM end the command with exit code 130 and a line on how to go on.
-
-    Nothing in the block reaches stdout, which is for results; Ray reports lost workers there.
-    """
+    """Yield a callback for progress; Ctrl-C and SIGTERM end the command with exit code 130 and say how to go on."""
     try:
-        with progress() as advance, redirect_stdout(sys.stderr):
+        with progress() as advance:
             yield advance
     except (KeyboardInterrupt, SystemExit) as error:  # Ray raises SystemExit at SIGTERM
         typer.echo("stopped: the same command continues from the last checkpoint", err=True)

@@ -7,8 +7,6 @@ platform. Heavy imports stand in functions.
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -216,8 +214,7 @@ def _predict_images(
     found, is_many = find_images(locations)
     choice, spec = choose_own_encoder(model, encoder, revision)
     job = prediction_job(model, words, choice, spec, output=output, num_actors=num_actors, batch_size=batch_size)
-    # Ray reports lost workers on stdout, which is for results.
-    with progress() as advance, redirect_stdout(sys.stderr):
+    with progress() as advance:
         result = bulk.run(job, found, on_cluster=is_many and bulk.has_cluster(found), progress=advance)
     show_problems(result, "predicted")
     return result
