@@ -102,7 +102,7 @@ def cluster_could_bring() -> list[Resources]:
     """
     kinds: list[Resources] = []
     for resources, _ in [*_running_nodes(), *_configured_nodes()]:
-        if resources not in kinds:
+        if resources and resources not in kinds:
             kinds.append(resources)
     return kinds
 
@@ -271,9 +271,7 @@ def _countable(resources: Any) -> Resources:
 
 
 def _offers() -> str:
-    return (
-        " or ".join(f"({_describe(resources)})" for resources in cluster_could_bring() if resources) or "no resources"
-    )
+    return " or ".join(f"({_describe(resources)})" for resources in cluster_could_bring()) or "no resources"
 
 
 def _describe(resources: Any) -> str:

@@ -56,6 +56,39 @@ def info_nce_by_loops(images: Tensor, texts: Tensor, labels: Tensor, temperature
     return sum(terms) / len(terms)
 
 
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nt_xent": nt_xent,
+    "info_nce": info_nce,
+    "prototype": prototype,
+    "cosine": lambda images, texts, labels: cosine_embedding(images, texts),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_losses_and_gradients_on_a_device_are_those_in_float64(
+    name: str, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    loss = LOSSES[name]
+    images, texts, labels = batch(3)
+    expected = leaf(images)
+    value = loss(expected, texts, labels)
+    value.backward()
+    found = leaf(images.to(device, dtype))
+    computed = loss(found, texts.to(device, dtype), labels.to(device))
+    computed.backward()
+    assert computed.device.type == device
+    assert float(computed.detach()) == pytest.approx(float(value.detach()), rel=tolerance)
+    assert expected.grad is not None
+    assert found.grad is not None
+    difference = found.grad.cpu().double() - expected.grad
+    assert float(difference.norm() / expected.grad.norm()) < tolerance
+
+
+def leaf(values: Tensor) -> Tensor:
+    return values.detach().clone().requires_grad_()
+
+
 @given(batches)
 @settings(deadline=None, max_examples=30)
 def test_nt_xent_is_its_definition(data: Batch):

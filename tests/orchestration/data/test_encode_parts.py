@@ -20,13 +20,14 @@ from tinyemo.errors import DataError
 from tinyemo.images import read_pixels
 
 
-def test_a_part_holds_the_encoders_own_numbers(s3_root: str, tiny_clip: Path) -> None:
+def test_a_part_holds_the_encoders_own_numbers(s3_root: str, tiny_clip: Path, device: str) -> None:
     source = write_records(s3_root, photographed(11))
     job = job_for(source, tiny_clip, f"{s3_root}/out")
-    encoder = open_choice(job.choice, job.spec, "cpu")
+    encoder = open_choice(job.choice, job.spec, device)
     (part,) = plan_images(read_image_columns(source), 100).parts
     encode_part(job, encoder, part)
 
+    encoder = open_choice(job.choice, job.spec, "cpu")
     pixels = np.stack([read_pixels(photograph(number), job.spec.preprocessing) for number in range(11)])
     expected = encoder.encode(torch.from_numpy(pixels))
     patches = read_table(f"{job.uri}/patches-train-00000.parquet")

@@ -130,6 +130,23 @@ def test_a_batch_says_what_each_image_alone_does(folder: Path) -> None:
     assert texts == [explainer._generate(pixels[:1], WORDS, [label], 12)[0] for label in labels]
 
 
+def test_a_device_explains_as_the_cpu_does(folder: Path, device: str) -> None:
+    """Labels are chosen in float32 everywhere; texts are written in bf16 on a GPU, and are the same each time."""
+    spec = tiny_config(tower="efficientnet-lite0").encoder_spec
+    chooser = projector(spec.info, spec.feature_width)
+    images = {f"{number}.png": picture((90 * number, 200, 30)) for number in range(3)}
+    expected = Explainer(folder, chooser, "cpu").explain(images, WORDS, max_new_tokens=6)
+    explainer = Explainer(folder, chooser)
+    assert explainer.device.type == device
+    found = explainer.explain(images, WORDS, max_new_tokens=6)
+    assert explainer.explain(images, WORDS, max_new_tokens=6) == found
+    assert [one.label for one in found] == [one.label for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5 if device == "cpu" else 1e-2)
+    if device == "cpu":
+        assert found == expected
+
+
 def test_a_projector_of_another_tower_is_refused(folder: Path) -> None:
     spec = tiny_config(tower="efficientnet-lite0").encoder_spec
     other = spec.info.model_copy(update={"revision": "1"})
