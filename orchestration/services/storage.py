@@ -10,9 +10,11 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,8 @@ CONNECT_TIMEOUT_S = 3.0
 READ_TIMEOUT_S = 20.0
 MAX_ATTEMPTS = 3
 """Attempts for one request; a dead endpoint costs that many connect timeouts and two short pauses, under 15 s."""
+MAX_CLOCK_ERROR_S = 14 * 60.0
+"""S3 refuses requests that were signed 15 minutes before or after it gets them; to HEAD it does not say why."""
 TRANSFER_THREADS = 4
 MAX_KEYS_PER_DELETE = 1000
 """Most keys that S3's DeleteObjects takes."""
@@ -156,7 +160,22 @@ def _error_code(error: botocore.exceptions.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
 
 
-def _describe_answer(code: str, uri: str, where: str) -> StorageError:
+def _clock_error_s(error: botocore.exceptions.ClientError) -> float:
+    """Return how many seconds the clock that signs requests here is ahead of that of the server that answered."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return (_now() - parsedate_to_datetime(date)).total_seconds() if date else 0.0
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _describe_answer(code: str, uri: str, where: str, ahead_s: float = 0.0) -> StorageError:
+    if code == "RequestTimeTooSkewed" or (code == "403" and abs(ahead_s) > MAX_CLOCK_ERROR_S):
+        return StorageError(
+            f"the clock of {socket.gethostname()} is {abs(ahead_s) / 60:.0f} minutes "
+            f"{'ahead of' if ahead_s > 0 else 'behind'} that of S3 at {where}, which refuses its requests: set it"
+        )
     if code == "NoSuchBucket":
         bucket = urlsplit(uri).netloc
         return StorageError(f"bucket {bucket!r} does not exist at {where}: create it or name another one")
@@ -174,7 +193,7 @@ def _describe_answer(code: str, uri: str, where: str) -> StorageError:
 def _describe(error: Exception, uri: str) -> StorageError:
     where = _where()
     if isinstance(error, botocore.exceptions.ClientError):
-        return _describe_answer(_error_code(error), uri, where)
+        return _describe_answer(_error_code(error), uri, where, _clock_error_s(error))
     if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
         return StorageError(f"no S3 credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.ConnectionError):

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,23 @@ def test_wrong_credentials_are_one_clear_line(
             action(f"{s3_root}/key")
         assert_is_one_clear_line(caught.value, s3_environment)
         assert "wrongwrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("hours", "said"), [(-1, "is 60 minutes behind that of S3"), (1, "is 60 minutes ahead of")])
+def test_a_clock_that_is_wrong_by_an_hour_is_said(
+    hours: int, said: str, s3_root: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import botocore.auth
+
+    def wrong(*_: object) -> datetime:
+        return datetime.now(UTC) + timedelta(hours=hours)
+
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: wrong().replace(tzinfo=None))
+    monkeypatch.setattr(storage, "_now", wrong)
+    for action in (storage.read_bytes, storage.exists, storage.list_prefix, lambda uri: storage.write_bytes(uri, b"")):
+        with pytest.raises(StorageError, match=said) as caught:
+            action(f"{s3_root}/key")
+        assert_is_one_clear_line(caught.value, s3_environment)
 
 
 def test_an_endpoint_that_is_no_address_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
