@@ -107,7 +107,8 @@ class Lease:
 
     folder: str
     """S3 folder of the run."""
-    recipe: Recipe
+    recipe: Recipe | None
+    """None for a job whose name belongs to no recipe: it has no claim."""
     data: dict[str, str]
     kind: str
     token: int
@@ -162,6 +163,7 @@ class Lease:
             run_id: the MLflow run.
             device: as chosen for the whole run.
         """
+        assert self.recipe is not None
         self.check()
         write_claim(self.folder, self.recipe, self.data, run_id, kind=self.kind, device=device)
 
@@ -169,7 +171,7 @@ class Lease:
 @contextmanager
 def hold_lease(
     folder: str,
-    recipe: Recipe,
+    recipe: Recipe | None,
     data: Digests,
     *,
     kind: str = "train",
@@ -181,7 +183,7 @@ def hold_lease(
 
     Args:
         folder: S3 folder of the run.
-        recipe: the recipe that asks for the name.
+        recipe: the recipe that asks for the name; None for a job whose name belongs to no recipe.
         data: the data that it would read.
         kind: of the job; stored in the claim.
         progress: gets a line at a bounded rate while another driver is waited for.
@@ -189,13 +191,14 @@ def hold_lease(
     Raises:
         TrainingError: the name belongs to another recipe or other data, or another driver is at work.
     """
-    read_claim(folder, recipe, data)
+    if recipe is not None:
+        read_claim(folder, recipe, data)
     document = _acquire(folder, progress)
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(folder, document, stop), name="lease", daemon=True)
     thread.start()
     try:
-        claim = _read_claim(folder, recipe, data) or {}
+        claim = (_read_claim(folder, recipe, data) if recipe is not None else None) or {}
         run_id, device = claim.get("mlflow_run_id"), claim.get("device")
         yield Lease(folder, recipe, dict(data), kind, document.token, document.lease_id, run_id, device)
     finally:

@@ -1,0 +1,1 @@
+"""Instruct records that teacher models write about photographs; `synthesis.py` reads from top to bottom."""
