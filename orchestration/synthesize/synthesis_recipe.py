@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestration.data.actor_pool import PoolConfig
+from orchestration.data.tasks import PoolConfig
 from orchestration.data.ingest_rules import Task
 from orchestration.recipe.recipe import recipe_path
 from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
