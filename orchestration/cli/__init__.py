@@ -18,6 +18,7 @@ from orchestration.cli.ingest import features, ingest_app
 from orchestration.cli.platform import platform_app
 from orchestration.cli.recipes import recipes_app
 from orchestration.cli.runs import datasets_app, runs_app
+from orchestration.cli.synthesize import synthesize
 from orchestration.cli.train import family, stream, train
 from orchestration.cli.tune import tune
 from orchestration.cli.use import evaluate, predict
@@ -36,6 +37,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
 app.add_typer(datasets_app, name="datasets")
 app.command()(features)
+app.command()(synthesize)
 app.command()(train)
 app.command()(family)
 app.command()(tune)

@@ -38,8 +38,13 @@ def show_command(name: NameArgument, as_json: JsonOption = False) -> None:
 
     Example: tinyemo recipes show emotion6
     """
-    from orchestration.recipe import load_recipe, recipe_path
+    from orchestration.recipe import command_of, load_recipe, recipe_path
 
+    if as_json and command_of(name) == "synthesize":
+        from orchestration.synthesize.synthesis_recipe import load_synthesis
+
+        typer.echo(json.dumps(load_synthesis(name).model_dump(mode="json"), indent=1))
+        return
     if as_json:
         typer.echo(json.dumps(load_recipe(name).model_dump(mode="json"), indent=1))
         return
@@ -54,11 +59,11 @@ def init_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy a shipped recipe to a file of yours, to edit it and to pass it to `tinyemo train`.
+    """Copy a shipped recipe to a file of yours, to edit it and to pass it to its command.
 
     Example: tinyemo recipes init emotion6 --output my-run.toml
     """
-    from orchestration.recipe import recipe_path
+    from orchestration.recipe import command_of, recipe_path
 
     source = recipe_path(name)
     target = output or Path(source.name)
@@ -74,4 +79,4 @@ def init_command(
     if as_json:
         typer.echo(json.dumps({"path": str(target), "recipe": source.stem}))
         return
-    typer.echo(f"{target}: a copy of {source.stem}; edit it, then run `tinyemo train {target}`")
+    typer.echo(f"{target}: a copy of {source.stem}; edit it, then run `tinyemo {command_of(source.stem)} {target}`")

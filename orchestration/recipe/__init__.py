@@ -6,6 +6,7 @@ from orchestration.recipe.recipe import (
     Recipe,
     TrainConfig,
     WorkersConfig,
+    command_of,
     load_recipe,
     parse_recipe,
     parse_size,
@@ -18,5 +19,6 @@ from orchestration.recipe.sections import DataConfig, RecordsConfig
 
 __all__ = [
     "CheckpointConfig", "DataConfig", "FamilyConfig", "Recipe", "RecordsConfig", "TrainConfig", "WorkersConfig",
-    "load_recipe", "parse_recipe", "parse_size", "recipe_path", "recipes_of_sizes", "shipped_recipes", "to_toml",
+    "command_of", "load_recipe", "parse_recipe", "parse_size", "recipe_path", "recipes_of_sizes", "shipped_recipes",
+    "to_toml",
 ]  # fmt: skip

@@ -194,6 +194,15 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+OTHER_COMMANDS = ("synthesize",)
+"""Commands whose recipes have sections of their own; such a file's name starts with the command and a dash."""
+
+
+def command_of(name: str) -> str:
+    """Return the command that a shipped recipe is for; "train" for all that share the sections of `Recipe`."""
+    return next((command for command in OTHER_COMMANDS if name.startswith(f"{command}-")), "train")
+
+
 def recipe_path(name_or_path: str) -> Path:
     """Return the file of a recipe: the path itself, or that of a shipped recipe.
 

@@ -266,7 +266,7 @@ def read_answers(folder: str, *, columns: Sequence[str] = ANSWER_SCHEMA.names) -
     table = _read_segments(folder, columns)
     newest = table.append_column("place", pa.array(range(table.num_rows), pa.int64()))
     places = newest.group_by("key").aggregate([("place", "max")]).sort_by("key")["place_max"]
-    return table.take(places.combine_chunks())
+    return table.take(places.combine_chunks()).combine_chunks()
 
 
 def _read_segments(folder: str, columns: Sequence[str]) -> pa.Table:

@@ -165,8 +165,7 @@ class Flow:
         return fresh
 
     async def _store(self, fresh: list[WorkItem]) -> None:
-        finished, self.finished = self.finished, []
-        unsent, self.unsent = self.unsent, []
+        finished, unsent = list(self.finished), list(self.unsent)
         if not (finished or fresh or unsent):
             return
         for key in [*(answer.key for answer in finished), *unsent]:
@@ -175,9 +174,11 @@ class Flow:
         storing = asyncio.create_task(asyncio.to_thread(self.ledger.commit, finished, dict(self.budget.reserved)))
         try:
             await asyncio.shield(storing)
-        except asyncio.CancelledError:
-            await storing  # answers that have been paid for are stored before the run ends
-            raise
+        finally:
+            # Answers that have been paid for are stored before a stopped run ends; where S3 failed, they are kept.
+            await asyncio.wait([storing])
+            if storing.exception() is None:
+                del self.finished[: len(finished)], self.unsent[: len(unsent)]
         now = time.monotonic()
         rate = len(finished) / max(1e-3, now - self.last_stored_at)
         self.num_ahead = min(MOST_AHEAD, max(LEAST_AHEAD, math.ceil(1.5 * rate * (now - began_at))))

@@ -104,7 +104,7 @@ def list_photographs(images: ImagesConfig, contexts: Iterable[str]) -> Photograp
     """
     found, manifest, places = _from_source(images)
     taxonomy = images.taxonomy or (manifest.taxonomy if manifest else TAXONOMIES["mikels"])
-    tables = [_read_table(location) for location in images.tables]
+    tables = [read_table(location) for location in images.tables]
     known = {"label", "caption", *(name for table in tables for row in table.values() for name in row)}
     missing = sorted({name for name in contexts if not name.startswith("answer.")} - known)
     if missing:
@@ -175,7 +175,7 @@ def _captions(table: pa.Table) -> list[str]:
     ]
 
 
-def _read_table(location: str) -> dict[str, dict[str, str]]:
+def read_table(location: str) -> dict[str, dict[str, str]]:
     """Return the rows of a table by the id, name or stem that a photograph is joined on."""
     suffix = Path(location).suffix.lower()
     try:
@@ -192,7 +192,7 @@ def _read_table(location: str) -> dict[str, dict[str, str]]:
         raise DataError(f"the table {location} has no column image or id: {', '.join(table.column_names)}")
     found: dict[str, dict[str, str]] = {}
     for row in table.to_pylist():
-        name = _stem(str(row.pop(key)))
+        name = stem_of(str(row.pop(key)))
         texts = {column: _text(value) for column, value in row.items() if value is not None}
         before = found.setdefault(name, {})
         for column, text in texts.items():
@@ -205,14 +205,14 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     return Path(name).stem
 
 
 def _with_tables(photograph: Photograph, tables: Sequence[dict[str, dict[str, str]]], taxonomy: Taxonomy) -> Photograph:
     context = dict(photograph.context)
     for table in tables:
-        context |= table.get(_stem(photograph.name), {})
+        context |= table.get(stem_of(photograph.name), {})
     words = [photograph.label, *(context.get(column) for column in LABEL_COLUMNS)]
     label = next((taxonomy.label(word) for word in words if word), None)
     split = photograph.split or context.get("split")

@@ -151,6 +151,18 @@ class Outcome:
     usage: tuple[int, int] | None = None
 
 
+def read_key(name: str, teacher: TeacherConfig) -> str:
+    """Return the key of an endpoint from the environment; empty for one without.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    key = os.environ.get(teacher.api_key_env, "") if teacher.api_key_env else ""
+    if teacher.api_key_env and not key:
+        raise ConfigError(f"teachers.{name}: the environment variable {teacher.api_key_env} is not set")
+    return key
+
+
 class Endpoint:
     """One teacher's endpoint."""
 
@@ -161,9 +173,7 @@ class Endpoint:
             ConfigError: the key's variable is not set.
         """
         self.name, self.teacher, self.retries = name, teacher, retries
-        self._key = os.environ.get(teacher.api_key_env, "") if teacher.api_key_env else ""
-        if teacher.api_key_env and not self._key:
-            raise ConfigError(f"teachers.{name}: the environment variable {teacher.api_key_env} is not set")
+        self._key = read_key(name, teacher)
         connections = httpx2.Limits(max_connections=None, max_keepalive_connections=teacher.max_concurrency)
         http_client = httpx2.AsyncClient(
             limits=connections,
@@ -308,7 +318,7 @@ class Endpoint:
                 f"teachers.{self.name}: {self.teacher.base_url} refuses requests for {self.teacher.model} "
                 f"({detail[:200]}): check model, base_url and api_key_env"
             )
-        if status == 400 and self._wants_schema and self.teacher.answers == "auto":
+        if status in (400, 422) and self._wants_schema and self.teacher.answers == "auto":
             logger.warning("teachers.%s takes no response_format: JSON is asked for in words from now on", self.name)
             self._wants_schema = False
             return Outcome(Code.BAD_REQUEST, detail)

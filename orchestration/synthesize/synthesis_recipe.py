@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from orchestration.data.tasks import PoolConfig
 from orchestration.data.ingest_rules import Task
+from orchestration.data.tasks import PoolConfig
 from orchestration.recipe.recipe import recipe_path
 from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
 from tinyemo.config import Section
@@ -45,7 +45,9 @@ class ImagesConfig(Section):
     tables: tuple[str, ...] = ()
     """CSV, TSV or Parquet files with a column image or id, joined on a photograph's id, file name or stem; their other
     columns are contexts. Rows of the same photograph are joined with "; ". The columns label (or emotion) and split
-    fill in what the source does not say. Scores of `tinyemo predict --output` are such a table."""
+    fill in what the source does not say."""
+    may_be_shown: bool = False
+    """Whether a contact sheet of photographs with texts may be made, in S3 and MLflow."""
 
 
 class TaskConfig(Section):
@@ -168,8 +170,9 @@ class GatesConfig(Section):
     """Share of an answer's word quadruples that stand in the prompt from which it is a copy."""
     held_out: tuple[str, ...] = ()
     """S3 addresses of instruct data sets whose test and validation answers no record may repeat."""
-    projector_column: str = ""
-    """Context with a projector's label; a record whose label differs is flagged for review and kept."""
+    projector: str = ""
+    """File that `tinyemo predict --output` wrote for these photographs. A record whose label the projector disputes is
+    kept and flagged for review, with the projector's cosines."""
     judge: Name | None = None
     """Teacher that scores each accepted record from 1 to 5 by the rubric of its prompt."""
     judge_min_score: PositiveInt = Field(1, le=5)

@@ -27,6 +27,7 @@ COMMANDS = [
     ["family", "family", "--dry-run"],
     ["stream", "oasis-stream"],
     ["tune", "search-emotion6"],
+    ["synthesize", "synthesize-fi"],
     ["tune", "search-emotion6", "--dry-run"],
     ["train", "reasoning-offline"],
     ["family", "reasoning-family"],

@@ -17,8 +17,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-GOOD = "A brown dog runs over fresh snow while the winter sun sets behind a hill, number {}."
+WORDS = (
+    ("dog", "horse", "child", "woman", "boat", "train", "bird", "farmer", "cat", "car", "crowd", "tree"),
+    ("rests", "moves", "waits", "turns", "stands", "appears", "passes", "shines", "leans", "grows"),
+    ("snow", "grass", "water", "sand", "stone", "leaves", "asphalt", "wood", "ice", "gravel"),
+    ("morning", "evening", "winter", "summer", "autumn", "spring", "noon", "midnight"),
+)
+NAMED = "The light and the quiet of this scene let people pause and look for a while, which is how they come to"
 OTHER_LANGUAGE = "Ein brauner Hund läuft über den frischen Schnee, während hinter dem Hügel die Sonne untergeht."
+
+
+def good_text(number: int) -> str:
+    """A sentence that is like no other one of another number, most likely."""
+    who, what, where, when = (words[number // 13**place % len(words)] for place, words in enumerate(WORDS))
+    return f"There is a {who} that {what} slowly over the wet {where} while the light of {when} falls on the hills."
 
 
 def completion(text: Any, *, model: str = "teacher", finish_reason: str = "stop", usage: Any = None) -> bytes:
@@ -109,7 +121,7 @@ class Teacher:
 
     def body(self, name: str, number: int, prompt: str, authorization: str, has_schema: bool) -> bytes:
         """Return the response of a behaviour that is a response."""
-        good = GOOD.format(number)
+        good = good_text(number)
         caption = json.dumps({"caption": good})
         if name == "recovers":  # the second request succeeds
             return response(500, b"oops") if self.seen[prompt] == 1 else response(200, completion(good))
@@ -121,6 +133,7 @@ class Teacher:
         if name == "no_schema" and has_schema:
             return response(400, b'{"error": "response_format is unknown"}')
         bodies = {
+            "named": lambda: response(200, completion(f"{good} {NAMED} {prompt}.")),
             "good": lambda: response(200, completion(good)),
             "error500": lambda: response(500, b"<html>" + authorization.encode()),
             "error503": lambda: response(503, b""),
@@ -143,7 +156,7 @@ class Teacher:
             "echoes_prompt": lambda: response(200, completion(prompt)),
             "echoes_key": lambda: response(200, completion(f"{good} {authorization}")),
             "control": lambda: response(200, completion(f"{good}\x1b[2J\x00")),
-            "surrogate": lambda: response(200, completion(good).replace(b"dog", b"\\ud800")),
+            "surrogate": lambda: response(200, completion(good).replace(b"slowly", b"\\ud800")),
             "other_model": lambda: response(200, completion(good, model="cheap-model")),
             "no_usage": lambda: response(200, completion(good, usage="missing")),
             "silly_usage": lambda: response(200, completion(good, usage={"prompt_tokens": -5})),
