@@ -88,3 +88,16 @@ def test_file_names_are_unique_in_orchestration() -> None:
     paths = [path for path in files("orchestration") if path.name != "__init__.py" and path.parent.name != "cli"]
     names = [path.name for path in paths]
     assert {str(path.relative_to(ROOT)) for path in paths if names.count(path.name) > 1} == set()
+
+
+def test_aliases_of_models_are_moved_by_promotions_alone() -> None:
+    calls = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES[:3]
+        for path in files(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute | ast.Name | ast.alias)
+        and (getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None))
+        in ("move_alias", "set_registered_model_alias", "delete_registered_model_alias")
+    }
+    assert calls == {"orchestration/services/tracking.py", "orchestration/report/promotion.py"}

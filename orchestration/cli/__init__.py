@@ -16,7 +16,9 @@ from orchestration.cli.compare import compare
 from orchestration.cli.explain import explain
 from orchestration.cli.ingest import features, ingest_app
 from orchestration.cli.platform import platform_app
+from orchestration.cli.promote import promote
 from orchestration.cli.recipes import recipes_app
+from orchestration.cli.report import report
 from orchestration.cli.runs import datasets_app, runs_app
 from orchestration.cli.synthesize import synthesize
 from orchestration.cli.train import family, stream, train
@@ -46,6 +48,8 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(explain)
 app.command()(compare)
+app.command()(report)
+app.command()(promote)
 
 
 def main() -> NoReturn:

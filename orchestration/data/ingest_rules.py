@@ -184,6 +184,9 @@ class IngestRules(Section):
     """Two images in two splits are one picture where their 64-bit perceptual hashes differ in no more bits than this;
     -1 compares none. A flat image (one colour) has no such hash."""
 
+    pictures_may_be_shown: bool = Field(False, exclude_if=lambda is_allowed: not is_allowed)
+    """Whether `tinyemo report` may put small pictures of these images on its page: you have the right to show them."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = [

@@ -15,6 +15,7 @@ from orchestration.jobs.lease import finish_family, hold_lease, is_finished_fami
 from orchestration.jobs.results import ReasonerResult, Result, TrainResult, notes
 from orchestration.plots import SizeRow, plot_sizes
 from orchestration.recipe import Recipe, parse_size, recipes_of_sizes, to_toml
+from orchestration.report.promotion import promote_first
 from orchestration.services import tracking
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
@@ -143,8 +144,12 @@ def _register_champion(run: tracking.RunHandle, recipe: Recipe, results: list[Tr
         card=f"Projector of run [{champion.name}]({champion.run_url}), the best by validation of the family "
         f"[{recipe.name}]({run.url}). Its files are in `{champion.model}`; the run holds its data and code.",
     )
+    promoted = promote_first(recipe.family.registered_name, version, runs=recipe.checkpoint.root)
+    if promoted is None:
+        logger.warning("%s version %s is registered; `tinyemo promote models:/%s/%s` compares it with the champion",
+                       recipe.family.registered_name, version, recipe.family.registered_name, version)  # fmt: skip
     run.describe(
-        f"Projectors of {len(results)} sizes. The champion by validation is {champion.name}.",
+        f"Projectors of {len(results)} sizes. The best by validation is {champion.name}.",
         {r.llm: f"test top-1 {100 * r.test_top1_accuracy:.1f} % {notes(r)} ([run]({r.run_url}))" for r in results},
     )
     run.set_tags({"champion": champion.llm, "champion.version": version})

@@ -95,7 +95,7 @@ class FamilyConfig(Section):
     overrides: dict[str, tuple[str, ...]] = Field({})
     """Changes to the recipe by size, each as `--set` takes it: section.field=value."""
     registered_name: str = "tinyemo-projector"
-    """Registered model in MLflow; its alias champion points to the best size."""
+    """Registered model in MLflow that the best size becomes a version of, the first one with the alias champion."""
 
 
 class Recipe(Section):

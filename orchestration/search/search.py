@@ -19,6 +19,7 @@ from orchestration.jobs.lease import Lease, hold_lease, read_claim
 from orchestration.jobs.prepare import Preparation, prepare
 from orchestration.jobs.results import TrainResult
 from orchestration.recipe import Recipe, to_toml
+from orchestration.report.promotion import promote_first
 from orchestration.search.space import Distribution
 from orchestration.search.trials import (
     TrialRecord,
@@ -396,5 +397,6 @@ def _train_winner(
         card=f"Projector of run [{best.name}]({best.run_url}), the winner of the search [{recipe.name}]({run.url}), "
         f"trained with the recipe `{uri}` by code at commit `{tracking.git_state()['git_commit'][:12]}`.",
     )  # fmt: skip
+    promote_first(recipe.search.registered_name, version, runs=recipe.checkpoint.root)
     run.set_tags({"winner.trial": str(winner.number), "winner.version": version})
     return results, version, uri

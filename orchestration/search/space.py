@@ -139,7 +139,7 @@ class SearchConfig(Section):
     winner_seeds: PositiveInt = 5
     """Runs of `tinyemo train` with the winner, from seed train.seed on; only these runs read the test split."""
     registered_name: str = "tinyemo-projector-tuned"
-    """Registered model in MLflow whose alias champion points to the winner."""
+    """Registered model in MLflow that the winner becomes a version of, the first one with the alias champion."""
 
     def knobs(self) -> dict[str, Distribution]:
         """Return the distributions by dotted name, in the order of KNOBS."""

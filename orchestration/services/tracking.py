@@ -160,6 +160,7 @@ class RunInfo:
         status: RUNNING, FINISHED, FAILED or KILLED.
         metrics: the last value of each metric.
         url: address of the run's page in the UI.
+        started_at, ended_at: seconds since 1970; None for a run that has not ended.
     """
 
     run_id: str
@@ -170,6 +171,8 @@ class RunInfo:
     metrics: dict[str, float]
     url: str
     experiment_id: str
+    started_at: float = 0.0
+    ended_at: float | None = None
 
 
 def _info(run: Any) -> RunInfo:
@@ -183,6 +186,8 @@ def _info(run: Any) -> RunInfo:
         metrics=dict(run.data.metrics),
         url=f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{UI_QUERY}",
         experiment_id=run.info.experiment_id,
+        started_at=run.info.start_time / 1000,
+        ended_at=run.info.end_time / 1000 if run.info.end_time else None,
     )
 
 
@@ -275,9 +280,7 @@ class RunHandle:
         """
         if not path.exists():
             raise FileNotFoundError(path)
-        with _client(f"store {path.name}") as client:
-            log = client.log_artifacts if path.is_dir() else client.log_artifact
-            log(self.run_id, str(path), folder)
+        log_artifact(self.run_id, path, folder)
 
     def refer(self, artifact_path: str, uri: str) -> None:
         """Let `runs:/RUN/artifact_path` mean the S3 folder `uri`, without storing its files a second time.
@@ -455,9 +458,87 @@ def find_run(experiment: str, name: str, *, parent_run_id: str | None = None) ->
 
 def registered_versions(run_id: str) -> list[str]:
     """Return "NAME version N" of every registered model version that was made from a run."""
+    return [str(version) for version in versions_of_run(run_id)]
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model.
+
+    Attributes:
+        source: address of its files.
+        run_id: the run that made it.
+        url: address of its page in the UI.
+    """
+
+    name: str
+    version: str
+    source: str
+    run_id: str
+    tags: dict[str, str]
+    url: str
+
+    def __str__(self) -> str:
+        """Return `NAME version N`."""
+        return f"{self.name} version {self.version}"
+
+
+def _version(found: Any) -> ModelVersion:
+    server = public_address(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    url = f"{server}/#/models/{found.name}/versions/{found.version}{UI_QUERY}"
+    return ModelVersion(found.name, str(found.version), str(found.source), found.run_id, dict(found.tags or {}), url)
+
+
+def versions_of_run(run_id: str) -> list[ModelVersion]:
+    """Return the registered versions that were made from a run, the newest first."""
     with _client("look for registered models") as client:
         found = client.search_model_versions(f"run_id = '{run_id}'")
-    return [f"{version.name} version {version.version}" for version in found]
+    return sorted((_version(item) for item in found), key=lambda item: -int(item.version))
+
+
+def model_version(name: str, version: str) -> ModelVersion | None:
+    """Return a version of a registered model, by its number or as `@ALIAS`; None where there is none."""
+    require_server()
+    with (
+        _client(f"look up {name} {version}") as client,
+        # MLflow answers the one for a model or version, the other for an alias that does not exist.
+        _tolerated("RESOURCE_DOES_NOT_EXIST"),
+        _tolerated("INVALID_PARAMETER_VALUE"),
+    ):
+        if version.startswith("@"):
+            return _version(client.get_model_version_by_alias(name, version[1:]))
+        return _version(client.get_model_version(name, version))
+    return None
+
+
+def move_alias(name: str, alias: str, version: str) -> None:
+    """Point an alias of a registered model to a version; only `orchestration.report.promotion` calls this."""
+    with _client(f"move {alias} of {name}") as client:
+        client.set_registered_model_alias(name, alias, version)
+
+
+def tag_version(version: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set or replace tags of a version of a registered model."""
+    with _client(f"tag {version}") as client:
+        for key, text in tags.items():
+            client.set_model_version_tag(version.name, version.version, key, text)
+
+
+def run_info(run_id: str) -> RunInfo:
+    """Return the facts about a run.
+
+    Raises:
+        PlatformError: there is no such run, or the server does not answer.
+    """
+    with _client(f"look up run {run_id}") as client:
+        return _info(client.get_run(run_id))
+
+
+def log_artifact(run_id: str, path: Path, folder: str | None = None) -> None:
+    """Store a file, or all files of a folder, under `folder` of a run's artifacts; the run may be finished."""
+    with _client(f"store {path.name}") as client:
+        log = client.log_artifacts if path.is_dir() else client.log_artifact
+        log(run_id, str(path), folder)
 
 
 def delete_run(run_id: str) -> None:
@@ -536,18 +617,16 @@ def register(
     source: str,
     name: str,
     *,
-    alias: str = "champion",
     tags: dict[str, str],
     card: str = "",
     model_id: str | None = None,
 ) -> str:
-    """Register a model's folder as a new version of a registered model and point an alias to it.
+    """Register a model's folder as a new version of a registered model; no alias moves, see `tinyemo promote`.
 
     Args:
         run_id: the run that made the model.
         source: `s3://...`, or the path of a folder in the run's artifacts.
         name: of the registered model, created where it does not exist.
-        alias: moved to the new version.
         tags: of the version.
         card: Markdown; which run, data and code made the version.
         model_id: id of its LoggedModel, see `RunHandle.log_model`.
@@ -567,7 +646,6 @@ def register(
         with _tolerated("RESOURCE_ALREADY_EXISTS"):
             client.create_registered_model(name)
         made = client.create_model_version(name, source, run_id, tags, description=card, model_id=model_id)
-        client.set_registered_model_alias(name, alias, made.version)
     return str(made.version)
 
 

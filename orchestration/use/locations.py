@@ -65,12 +65,14 @@ def fetch_export(location: str, part: Part) -> Path:
 
 
 def digest_of_export(location: str) -> str:
-    """Return a digest that changes with the files of what `find_export` found."""
+    """Return a digest that changes with the files of what `find_export` found, evaluations and bias reports aside."""
     if location.startswith("s3://"):
         return digest_of_etags(location)
     if ":/" in location:
         return location
+    about = {"evaluations", "bias"}
     files = sorted(path for path in Path(location).rglob("*") if path.is_file())
+    files = [path for path in files if not about & set(path.relative_to(location).parts)]
     return hashlib.sha256("".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()).hexdigest()
 
 

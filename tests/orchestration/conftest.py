@@ -1,4 +1,4 @@
-"""A real S3 server for the tests of this folder: SeaweedFS alone, up in seconds, on loopback and free ports."""
+"""Real servers for the tests of this folder, on loopback and free ports: S3 (SeaweedFS, up in seconds) and MLflow."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from tests.conftest import RunningPlatform
 
 START_TIMEOUT_S = 60.0
+MLFLOW_TIMEOUT_S = 120.0
 
 
 def _free_ports(count: int) -> list[int]:
@@ -162,3 +165,47 @@ def jobs(platform: RunningPlatform, tmp_path_factory: pytest.TempPathFactory) ->
     outcome = made.run("ingest", "features", *arguments, "--name", "emotion6", "--json")
     assert outcome.code == 0, outcome.stderr
     return made
+
+
+@pytest.fixture
+def silent_port() -> int:
+    """A port where nothing answers."""
+    return _free_ports(1)[0]
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server: SQLite, artifacts in a folder through the server's proxy."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    (port,) = _free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--serve-artifacts"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--allowed-hosts", f"127.0.0.1:{port}"]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + MLFLOW_TIMEOUT_S
+        while not _answers(address):
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "the MLflow server did not start"
+            time.sleep(0.25)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def server(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return mlflow_server

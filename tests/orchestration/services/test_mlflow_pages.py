@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from browser import SCREENSHOTS, look_at, require_chromium
 
-from orchestration.services.tracking import open_run, register, system_metrics
+from orchestration.services.tracking import move_alias, open_run, register, system_metrics
 
 DIGEST = "0123456789abcdef" * 4
 EXPERIMENT = "pages"
@@ -36,6 +36,7 @@ def test_the_ui_shows_runs_their_descriptions_and_their_models(server: str, tmp_
             )
         card = f"Made by run [family-small]({run.url}) from data `{DIGEST[:12]}`."
         register(run.run_id, "s3://bucket/runs/small/projector", "pages-model", tags={}, card=card, model_id=model_id)
+        move_alias("pages-model", "champion", "1")
         family.log_metrics({"test/top1_accuracy_small": 0.71})
         family.describe("One size.", {"small": "test top-1 71.0 %"})
 

@@ -280,6 +280,7 @@ def test_a_model_in_s3_is_referred_to_and_fetched_from_there(server, s3_root, tm
         model_id = run.log_model(**model, metrics={"test/top1_accuracy": 0.5}, params={"loss": {"name": "cosine"}})
         assert run.log_model(**model, metrics={"test/top1_accuracy": 0.5}) == model_id
         register(run.run_id, f"{s3_root}/model", "tinyemo-stored", tags={}, card="From run stored.", model_id=model_id)
+        tracking.move_alias("tinyemo-stored", "champion", "1")
     stored = client(server).get_run(run.run_id)
     assert stored.data.metrics == {"test/top1_accuracy": 0.5}
     assert not client(server).list_artifacts(run.run_id)
@@ -362,6 +363,7 @@ def test_the_champion_comes_back_byte_by_byte(server, tmp_path):
             run.log_artifact(folder, "projector")
             run.log_artifact(folder / "config.json", "recipe")
             versions.append(register(run.run_id, "projector", "tinyemo-test", tags={"data": "real"}))
+            tracking.move_alias("tinyemo-test", "champion", versions[-1])
         folders.append(folder)
     assert versions == ["1", "2"]
     artifact_uri = client(server).get_run(run.run_id).info.artifact_uri
