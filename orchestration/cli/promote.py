@@ -56,7 +56,7 @@ def promote(
 
     load_platform_environment()
     from orchestration.report import promotion
-    from orchestration.report.gates import load_policy
+    from orchestration.report.policy import load_policy
 
     if is_check:
         checked = name or model.removeprefix("models:/").partition("/")[0].partition("@")[0]

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from orchestration.report.documents import read_documents
-from orchestration.report.gates import Candidate, Gate, Policy, judge
+from orchestration.report.policy import Candidate, Gate, Policy, judge
 from orchestration.services import storage, tracking
 from orchestration.services.tracking import ModelVersion
 from orchestration.use.locations import digest_of_export
@@ -157,7 +157,7 @@ def promote(
 
 def promote_first(name: str, version: str, *, runs: str) -> Decision | None:
     """Promote a version by the shipped policy if no version has ever been champion; return None where one has."""
-    from orchestration.report.gates import load_policy
+    from orchestration.report.policy import load_policy
 
     record, _ = _read_record(record_uri(runs, name, CHAMPION))
     found = tracking.model_version(name, version)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from orchestration.data.data_card import thumbnail
 from orchestration.data.manifest import Manifest, id_hash, load_manifest, read_index
 from orchestration.data.sets import RecordSet, read_records
-from orchestration.report.gates import read_scores
+from orchestration.report.policy import read_scores
 from tinyemo.errors import TinyEmoError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import pytest
 from made_models import MadeModel, bias, evaluation, finding, make_run
 
 from orchestration.report import promotion
-from orchestration.report.gates import Policy, load_policy
+from orchestration.report.policy import Policy, load_policy
 from orchestration.report.promotion import Decision, check_alias, find_version, promote, promote_first
 from orchestration.services import storage, tracking
 from tinyemo.errors import ConfigError, DataError, TrainingError
