@@ -84,7 +84,7 @@ def list_runs(root: str) -> list[RunSummary]:
     recipes = {name: json.dumps(claim.get("recipe", {})) for name, claim in claims.items()}
     found = []
     for name, paths in files.items():
-        kind = _kind(paths, claims[name])
+        kind = str(claims[name].get("kind", "train"))
         needed = {other for other in re.findall(rf"{re.escape(root)}/([^/\"]+)", recipes[name]) if other in files}
         if kind in ("family", "tune"):
             needed |= {other for other in files if other.startswith(f"{name}-")}
@@ -218,16 +218,6 @@ def _read(uri: str, paths: dict[str, int]) -> dict[str, Any]:
         storage.exists(uri)  # raises if S3 cannot be read; a torn file counts as empty
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _kind(paths: dict[str, int], claim: dict[str, Any]) -> str:
-    if claim.get("kind") in ("family", "tune", "stream"):
-        return str(claim["kind"])
-    if any(uri.endswith("/family.json") for uri in paths):
-        return "family"
-    if claim.get("recipe", {}).get("search", {}).get("space") and any("/trials/" in uri for uri in paths):
-        return "tune"
-    return "train"
 
 
 def _summarize_run(

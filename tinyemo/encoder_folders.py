@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, first_line
 
 EFFICIENTNET_WIDTH = 1280
 EFFICIENTNET_STRIDE = 32
@@ -163,8 +163,3 @@ def _folder_revision(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
     return f"sha256-{digest.hexdigest()}"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

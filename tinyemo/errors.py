@@ -33,3 +33,13 @@ class TrainingError(TinyEmoError):
 
 class LostLeaseError(TrainingError):
     """Another driver took the run over; this one writes nothing more, neither to S3 nor to the run's MLflow record."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, at most 300 characters; the name of its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, one_line
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _BPE = 2
@@ -60,8 +60,7 @@ def open_tokenizer(source: Path) -> Any:
     try:
         return _gguf_tokenizer(source) if source.is_file() else _folder_tokenizer(source)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, struct.error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source} holds no tokenizer that transformers can read: {reason}") from error
+        raise DataError(f"{source} holds no tokenizer that transformers can read: {one_line(error)}") from error
 
 
 def _gguf_tokenizer(path: Path) -> Any:

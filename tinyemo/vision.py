@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyemo.efficientnet import EfficientNetLite0
-from tinyemo.encoder_folders import describe_encoder, first_line
+from tinyemo.encoder_folders import describe_encoder
 from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderSpec, Preprocessing
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from orchestration.assets.catalogue import cache_folder, get_asset
 from tinyemo.encoder_folders import describe_encoder
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec
-from tinyemo.errors import AssetError, ConfigError
+from tinyemo.errors import AssetError, ConfigError, first_line
 
 if TYPE_CHECKING:
     from tinyemo.vision import VisionEncoder
@@ -42,9 +42,8 @@ def fetch_from_hub(name: str, revision: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AssetError(
-            f"the hub does not yield {name} at {revision[:12]} ({reason}): reach it, or name a folder"
+            f"the hub does not yield {name} at {revision[:12]} ({first_line(error)}): reach it, or name a folder"
         ) from error
 
 

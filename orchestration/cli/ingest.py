@@ -232,8 +232,8 @@ def _show(report: IngestReport, *, as_json: bool) -> None:
             "unchanged": report.is_unchanged,
             "rows_in": manifest.rows_in,
             "rows_kept": manifest.rows_kept,
-            "rows_rejected": report.rows_rejected,
-            "rows_duplicate": report.rows_duplicate,
+            "rows_rejected": manifest.rejected.rows - manifest.rejected.num_duplicates,
+            "rows_duplicate": manifest.rejected.num_duplicates,
             "tasks": manifest.tasks,
             "shards": len(manifest.shards),
             "card": card,
@@ -252,8 +252,12 @@ def _show(report: IngestReport, *, as_json: bool) -> None:
             typer.echo(f"{split}: {manifest.splits[split].rows} records ({counts})")
     else:
         _show_label_counts(manifest, "images" if manifest.kind == "images" else "rows")
-    duplicates = "" if manifest.kind == "features" else f" + duplicates {report.rows_duplicate}"
-    rejected = manifest.rejected.rows if manifest.kind == "features" else report.rows_rejected
+    duplicates = "" if manifest.kind == "features" else f" + duplicates {manifest.rejected.num_duplicates}"
+    rejected = (
+        manifest.rejected.rows
+        if manifest.kind == "features"
+        else manifest.rejected.rows - manifest.rejected.num_duplicates
+    )
     typer.echo(f"rows in {manifest.rows_in} = kept {manifest.rows_kept} + rejected {rejected}{duplicates}")
     _show_rejected(manifest)
     if card:

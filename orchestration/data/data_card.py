@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
-from orchestration.data.ingest_rules import Reason
 from orchestration.data.manifest import Manifest, SplitCounts
 from orchestration.services import storage
 from tinyemo.errors import PlatformError
@@ -77,7 +76,7 @@ def write_card(manifest: Manifest, kept: pa.Table) -> str:
         kept: the facts of the kept records, with the columns of MEASURES and `image_sha256`.
     """
     reasons = manifest.rejected.reasons
-    duplicates = sum(count for reason, count in reasons.items() if Reason(reason).is_duplicate)
+    duplicates = manifest.rejected.num_duplicates
     num_images = pc.count_distinct(kept["image_sha256"]).as_py()
     # The source names files of the user, which must not end the code block or add markup of their own.
     facts = json.dumps({"source": manifest.source, "rules": manifest.rules}, indent=1, sort_keys=True)
@@ -166,7 +165,7 @@ def show_in_mlflow(manifest: Manifest) -> str | None:
 def _log_card(manifest: Manifest) -> str:
     from orchestration.services.tracking import open_run
 
-    duplicates = sum(rows for reason, rows in manifest.rejected.reasons.items() if Reason(reason).is_duplicate)
+    duplicates = manifest.rejected.num_duplicates
     tags = {"kind": "ingest", "data": manifest.data, "data.uri": manifest.uri, "data.digest": manifest.digest}
     params = {"name": manifest.name, "rows_per_group": manifest.rows_per_group, "rules": manifest.rules}
     with (

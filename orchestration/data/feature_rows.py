@@ -26,7 +26,7 @@ from orchestration.data.manifest import Advance, id_hash, parquet_bytes
 from orchestration.data.staging import Staged, places_by_chunk
 from orchestration.services import storage
 from tinyemo.encoders import EncoderInfo, encoder_in_metadata
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, first_line
 from tinyemo.local_files import sha256_of_file
 from tinyemo.taxonomies import Taxonomy
 
@@ -156,7 +156,7 @@ def _open_parquet(path: Path, split: str | None) -> pq.ParquetFile:
         # Buffered: otherwise the whole column of a row group comes into memory at once.
         file = pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file ({_first_line(error)}): write it again") from error
+        raise DataError(f"{path} is not a readable Parquet file ({first_line(error)}): write it again") from error
     names = file.schema_arrow.names
     missing = [name for name in ("id", "features") if name not in names]
     if "emotion" not in names and "label" not in names:
@@ -174,10 +174,6 @@ def _open_parquet(path: Path, split: str | None) -> pq.ParquetFile:
     return file
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _read_batches(path: Path, split: str | None) -> Iterator[pa.Table]:
     with _open_parquet(path, split) as file:
         names = file.schema_arrow.names
@@ -191,7 +187,7 @@ def _read_batches(path: Path, split: str | None) -> Iterator[pa.Table]:
                 yield _batch(path.name, start, (splits, ids, labels), batch["features"])
                 start += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} is corrupt after row {start} ({_first_line(error)}): write it again") from error
+            raise DataError(f"{path} is corrupt after row {start} ({first_line(error)}): write it again") from error
 
 
 def _width_of(path: Path, split: str | None) -> int:

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from orchestration.data.ingest_rules import CONVERTIBLE_FORMATS, KEPT_FORMATS, IngestRules, Reason
 from orchestration.data.record_checks import quoted, reject
 from orchestration.services import storage
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, first_line, one_line
 
 OPENED_FORMATS = [name for name in (*KEPT_FORMATS, *CONVERTIBLE_FORMATS) if name != "MPO"]  # JPEG opens MPO
 KEPT_MODES = frozenset({"RGB", "L"})
@@ -183,7 +183,7 @@ def _open(data: bytes, rules: IngestRules) -> Image.Image:
     except UnidentifiedImageError:
         reject(Reason.IMAGE_UNREADABLE, f"none of the formats {', '.join(OPENED_FORMATS)}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reject(Reason.IMAGE_TOO_LARGE, str(error).splitlines()[0])
+        reject(Reason.IMAGE_TOO_LARGE, first_line(error))
     except Exception as error:  # noqa: BLE001  # a broken file makes Pillow's readers raise whatever they stumble over
         _reject_broken(error)
     name, (width, height) = str(image.format), image.size
@@ -222,7 +222,7 @@ def _convert(image: Image.Image) -> tuple[Image.Image, bytes]:
             image = opaque
         plain = image.convert("L" if image.mode in ("1", "L") else "RGB")
     except ValueError as error:  # convert_modes names one that Pillow has no way from
-        reject(Reason.IMAGE_MODE, _one_line(error))
+        reject(Reason.IMAGE_MODE, one_line(error))
     plain.info.clear()  # a colour profile or a transparent colour of the former mode would be written with it
     buffer = io.BytesIO()
     plain.save(buffer, "PNG")
@@ -231,8 +231,4 @@ def _convert(image: Image.Image) -> tuple[Image.Image, bytes]:
 
 def _reject_broken(error: Exception) -> NoReturn:
     is_truncated = "truncated" in str(error).lower()
-    reject(Reason.IMAGE_TRUNCATED if is_truncated else Reason.IMAGE_UNREADABLE, _one_line(error))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    reject(Reason.IMAGE_TRUNCATED if is_truncated else Reason.IMAGE_UNREADABLE, one_line(error))

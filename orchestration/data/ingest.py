@@ -86,16 +86,6 @@ class IngestReport:
     run_url: str | None = None
     """Page of the MLflow run that holds the card; None where there is no server or nothing changed."""
 
-    @property
-    def rows_duplicate(self) -> int:
-        """Sound records that are one too many."""
-        return sum(rows for reason, rows in self.manifest.rejected.reasons.items() if reason.startswith("duplicate_"))
-
-    @property
-    def rows_rejected(self) -> int:
-        """Records that break a rule."""
-        return self.manifest.rejected.rows - self.rows_duplicate
-
 
 @dataclass(frozen=True)
 class _Job:

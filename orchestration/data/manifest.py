@@ -131,6 +131,11 @@ class Rejected(FileRef):
     reasons: dict[str, int]
     """Reason code -> rows."""
 
+    @property
+    def num_duplicates(self) -> int:
+        """Sound records that are one too many."""
+        return sum(rows for reason, rows in self.reasons.items() if reason.startswith("duplicate_"))
+
 
 class Manifest(_Part):
     """One version of a data set; everything that it names is in S3 before it is."""
@@ -296,8 +301,6 @@ def parse_manifest(document: Any, uri: str, *kinds: Kind) -> Manifest:
     """
     if not isinstance(document, dict):
         raise DataError(f"{uri}/manifest.json is not a manifest: ingest the data set again")
-    if document.get("format") == 1:
-        raise DataError(f"{uri} was ingested by an earlier version of tinyemo: ingest the data set again")
     try:
         manifest = Manifest.model_validate({**document, "uri": uri})
     except ValidationError as error:
@@ -313,15 +316,6 @@ def parse_manifest(document: Any, uri: str, *kinds: Kind) -> Manifest:
     return manifest
 
 
-def _check_bytes(reference: FileRef, uri: str, data: bytes) -> None:
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != reference.sha256:
-        raise DataError(
-            f"{uri} is corrupt: {len(data)} bytes with sha256 {digest[:12]}, the manifest says "
-            f"{reference.num_bytes} bytes with {reference.sha256[:12]}; ingest the data set again with --force"
-        )
-
-
 def read_file(manifest: Manifest, file: FileRef) -> bytes:
     """Return the bytes of one file of the version, checked against the manifest's sha256.
 
@@ -334,7 +328,12 @@ def read_file(manifest: Manifest, file: FileRef) -> bytes:
         data = storage.read_bytes(uri)
     except storage.MissingObjectError as error:
         raise DataError(f"{uri} is missing, the manifest names it: ingest the data set again with --force") from error
-    _check_bytes(file, uri, data)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != file.sha256:
+        raise DataError(
+            f"{uri} is corrupt: {len(data)} bytes with sha256 {digest[:12]}, the manifest says "
+            f"{file.num_bytes} bytes with {file.sha256[:12]}; ingest the data set again with --force"
+        )
     return data
 
 

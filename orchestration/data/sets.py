@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from orchestration.data.manifest import Kind, Manifest, Shard, load_manifest, read_index
 from orchestration.data.plan import Ints, PlannedSet, RowGroups
 from orchestration.services import storage
-from tinyemo.errors import ConfigError, DataError
+from tinyemo.errors import ConfigError, DataError, first_line
 from tinyemo.taxonomies import canonical_word
 
 READ_THREADS = 4
@@ -191,8 +191,7 @@ def _footer(uri: str, shard: Shard) -> pq.FileMetaData:
 
 def _described(error: Exception, uri: str) -> Exception:
     storage.exists(uri)  # raises the error of S3 itself where S3 cannot be read at all
-    reason = str(error).splitlines()[0]
-    return DataError(f"{uri} is corrupt ({reason}): ingest the data set again with --force")
+    return DataError(f"{uri} is corrupt ({first_line(error)}): ingest the data set again with --force")
 
 
 def features_array(table: pa.Table) -> NDArray[Any]:
@@ -371,9 +370,8 @@ def read_image_columns(manifest: Manifest) -> pa.Table:
                 table = file.read(columns=["image_sha256", "label"])
         except (pa.ArrowException, OSError) as error:
             storage.exists(uri)  # raises what is wrong with S3
-            reason = str(error).splitlines()[0]
             raise DataError(
-                f"{uri} is missing or corrupt ({reason}): ingest the data set again with --force"
+                f"{uri} is missing or corrupt ({first_line(error)}): ingest the data set again with --force"
             ) from error
         if table.num_rows != shard.rows:
             raise DataError(f"{uri} has {table.num_rows} rows, its manifest says {shard.rows}")

@@ -363,7 +363,6 @@ def plan_records(
     world_size: int,
     preprocessing: Preprocessing | None = None,
     image_tokens: int | None = None,
-    num_steps: int | None = None,
 ) -> Stream:
     """Return the stream of a run over instruct records.
 
@@ -376,7 +375,6 @@ def plan_records(
         world_size: number of ranks.
         preprocessing: of the run's vision tower; None scales to `records.image_size`.
         image_tokens: of the run's vision tower; None takes `records.image_tokens`.
-        num_steps: in place of `num_epochs`.
 
     Raises:
         ConfigError: the batch is larger than an epoch, or weights do not belong to the data sets.
@@ -385,7 +383,7 @@ def plan_records(
         raise ConfigError(f"records.weights: {len(config.weights)} for {len(sets)} data sets; give one each, or none")
     weights: tuple[float | None, ...] = config.weights or (None,) * len(sets)
     planned = tuple(part.planned(weight) for part, weight in zip(sets, weights, strict=True))
-    plan = Plan(planned, seed, global_batch_size, num_epochs, int(config.pool_mib * 2**20), config.tail, num_steps)
+    plan = Plan(planned, seed, global_batch_size, num_epochs, int(config.pool_mib * 2**20), config.tail)
     if not plan.steps_per_epoch:
         raise ConfigError(
             f"train.global_batch_size: {global_batch_size} is more than the {plan.samples_per_epoch} records of an "

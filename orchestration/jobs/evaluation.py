@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,6 @@ class Evaluation:
     tests: dict[str, PairedTest]
     tests_by_image: dict[str, PairedTest]
     by_task: dict[str, dict[str, float]]
-
-    def document(self) -> dict[str, Any]:
-        """Return the figures as a JSON document."""
-        return asdict(self)
 
 
 def summarise(rows: list[dict[str, Any]]) -> Evaluation:

@@ -162,11 +162,10 @@ def _register_champion(run: tracking.RunHandle, recipe: Recipe, results: list[Tr
         )
         for r in results
     ]
+    run.log_text(to_toml(recipe), "recipe.toml")
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
-        (here / "recipe.toml").write_text(to_toml(recipe))
         plot_sizes(rows, here / "family.png", f"{recipe.name}: test top-1 by size")
-        run.log_artifact(here / "recipe.toml")
         run.log_artifact(here / "family.png", "plots")
     return {"champion": champion.name, "version": version}
 
@@ -181,10 +180,8 @@ def _compare_sizes(
     run.describe(f"Reasoning models of {len(results)} sizes, trained in the stages {', '.join(recipe.stages)}.", table)
     for row in rows:
         run.log_metrics({f"{row['size']}/{key}": value for key, value in row["figures"].items()})
+    run.log_text(json.dumps(rows, indent=1), "sizes.json")
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "sizes.json"
-        path.write_text(json.dumps(rows, indent=1))
-        run.log_artifact(path)
         for stage in recipe.stages:
             plot = Path(name) / f"sizes-{stage}.png"
             drawn = [drawn_row(row, stage, result) for row, result in zip(rows, results, strict=True)]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from orchestration.jobs.checkpoints import Done, read_state
@@ -104,10 +102,7 @@ def open_run(
         logger.info("%s: %s", recipe.name, run.url)
         if lease.run_id is None:
             lease.write_claim(run.run_id, device)
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "recipe.toml"
-            path.write_text(to_toml(recipe))
-            run.log_artifact(path)
+        run.log_text(to_toml(recipe), "recipe.toml")
         yield run, device
 
 

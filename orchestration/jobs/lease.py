@@ -198,7 +198,7 @@ def hold_lease(
     thread = threading.Thread(target=_renew, args=(folder, document, stop), name="lease", daemon=True)
     thread.start()
     try:
-        claim = (_read_claim(folder, recipe, data) if recipe is not None else None) or {}
+        claim = (read_claim(folder, recipe, data) if recipe is not None else None) or {}
         run_id, device = claim.get("mlflow_run_id"), claim.get("device")
         yield Lease(folder, recipe, dict(data), kind, document.token, document.lease_id, run_id, device)
     finally:
@@ -300,8 +300,8 @@ def _process(pid: int) -> str:
     return f"{os.readlink(namespace) if namespace.exists() else ''}/{(read_start(pid) or '').replace(':', '/')}"
 
 
-def read_claim(folder: str, recipe: Recipe, data: Digests) -> str | None:
-    """Return the MLflow run that holds this name, or None where the name is free.
+def read_claim(folder: str, recipe: Recipe, data: Digests) -> dict[str, Any] | None:
+    """Return what `write_claim` stored for this name, or None where the name is free.
 
     Args:
         folder: S3 folder of the run.
@@ -311,11 +311,6 @@ def read_claim(folder: str, recipe: Recipe, data: Digests) -> str | None:
     Raises:
         TrainingError: the name belongs to another recipe or other data; the message names the fields.
     """
-    claim = _read_claim(folder, recipe, data)
-    return str(claim["mlflow_run_id"]) if claim is not None else None
-
-
-def _read_claim(folder: str, recipe: Recipe, data: Digests) -> dict[str, Any] | None:
     try:
         claim: dict[str, Any] = storage.read_json(f"{folder}/run.json")
     except storage.MissingObjectError:

@@ -338,9 +338,7 @@ def conclude(plan: ReasoningPlan, run: tracking.RunHandle, done: dict[str, Done]
     )
     card = model_card(plan, result)
     storage.write_bytes(f"{result.model}/README.md", card.encode())
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "README.md").write_text(card, encoding="utf-8")
-        run.log_artifact(Path(name) / "README.md")
+    run.log_text(card, "README.md")
     run.set_tags({"model": result.model})
     run.refer("model", result.model)
     measured = "not evaluated" if evaluation is None else f"test loss {evaluation['loss']} nats per token"
@@ -377,7 +375,7 @@ def _log_evaluation(plan: ReasoningPlan, run: tracking.RunHandle, done: Done) ->
     expected = sum(part.manifest.splits[part.split].rows for part in plan.test.sets)
     if len({row["id"] for row in rows}) != expected:
         raise TrainingError(f"the evaluation has {len(rows)} rows for {expected} records; please report it")
-    document = summarise(rows).document()
+    document = asdict(summarise(rows))
     figures = {f"test/loss_{name}": value for name, value in document["loss"].items()}
     for name, test in document["tests"].items():
         figures |= {f"test/right_vs_{name}_difference": test["mean_difference"]}
@@ -389,8 +387,6 @@ def _log_evaluation(plan: ReasoningPlan, run: tracking.RunHandle, done: Done) ->
         figures,
         dataset=(f"{part.manifest.name}-{part.split}", part.manifest.digest),
     )
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / ROWS).write_text(json.dumps(rows, indent=1))
-        (Path(name) / "evaluation.json").write_text(json.dumps(document, indent=1))
-        run.log_artifact(Path(name), "evaluation")
+    run.log_text(json.dumps(rows, indent=1), f"evaluation/{ROWS}")
+    run.log_text(json.dumps(document, indent=1), "evaluation/evaluation.json")
     return document

@@ -20,6 +20,7 @@ from tinyemo.encoders import Preprocessing
 from tinyemo.errors import TrainingError
 from tinyemo.packing import micro_batches, pack
 from tinyemo.reasoner.flops import FlopModel, Work
+from tinyemo.vision import normalise
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Inputs:
             input_ids=self._moved(packed.input_ids),
             labels=self._moved(packed.labels),
             position_ids=self._moved(packed.position_ids),
-            pixel_values=normalise(self._moved(pixels), self._preprocessing) if has_images else None,
+            pixel_values=normalise(self._moved(pixels), self._preprocessing).contiguous() if has_images else None,
             work=Work(
                 tokens=sum(lengths),
                 answer_tokens=packed.num_answer_tokens,
@@ -102,13 +103,6 @@ class Inputs:
                 context=sum(length**2 for length in lengths),
             ),
         )
-
-
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return pixels as the tower takes them, (B, 3, S, S) float, of (B, S, S, 3) uint8."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device)
-    std = torch.tensor(preprocessing.std, device=pixels.device)
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def summed(values: list[float], device: torch.device) -> Tensor:

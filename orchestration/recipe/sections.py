@@ -179,10 +179,6 @@ class StageConfig(Section):
         trains = content.get("trains", "connector") if isinstance(content, dict) else None
         return {**PUBLISHED[trains], **content} if trains in PUBLISHED else content
 
-    def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on one rank; `stage_problems` reports a batch that does not divide."""
-        return self.global_batch_size // (self.micro_batch_size * world_size)
-
     def rate_factor(self, step: int, num_steps: int) -> float:
         """Learning-rate multiplier at `step`: linear warm-up, then half a cosine; in [0, 1]."""
         num_warm_up = math.ceil(self.warm_up * num_steps)

@@ -293,7 +293,7 @@ def _log_trials(recipe: Recipe, run: tracking.RunHandle, records: list[TrialReco
 
     metrics = objectives(recipe.search)
     finished = [record for record in records if record.ended == "finished"]
-    _log_recipe(run, "search.toml", recipe)
+    run.log_text(to_toml(recipe), "search.toml")
     if finished:
         with tempfile.TemporaryDirectory() as folder:
             title = f"{recipe.name}: {len(records)} trials, {len(finished)} finished"
@@ -304,13 +304,6 @@ def _log_trials(recipe: Recipe, run: tracking.RunHandle, records: list[TrialReco
     if finished:
         best = max(record.value(metrics[0]) for record in finished)
         run.log_metrics({f"best/{metrics[0].removeprefix('val/')}": best})
-
-
-def _log_recipe(run: tracking.RunHandle, file: str, recipe: Recipe) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file
-        path.write_text(to_toml(recipe))
-        run.log_artifact(path)
 
 
 def _choose(
@@ -381,7 +374,7 @@ def _train_winner(
     chosen = trial_recipe(recipe, params, name=f"{recipe.name}-winner")
     uri = f"{lease.folder}/winner.toml"
     lease.write(uri, to_toml(chosen).encode())
-    _log_recipe(run, "winner.toml", chosen)
+    run.log_text(to_toml(chosen), "winner.toml")
     results: list[TrainResult] = []
     for offset in range(recipe.search.winner_seeds):
         seed = chosen.train.seed + offset

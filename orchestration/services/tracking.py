@@ -44,6 +44,7 @@ from tinyemo.errors import (
     StorageError,
     TinyEmoError,
     TrainingError,
+    one_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -105,11 +106,6 @@ def public_address(uri: str) -> str:
     """Return an address without its user name and password."""
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-
-
-def one_line(error: BaseException) -> str:
-    """Return the text of an exception without line breaks, at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -281,6 +277,11 @@ class RunHandle:
         if not path.exists():
             raise FileNotFoundError(path)
         log_artifact(self.run_id, path, folder)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Store a text as a file of the run's artifacts, for instance `evaluation/rows.json`."""
+        with _client(f"store {file}") as client:
+            client.log_text(self.run_id, text, file)
 
     def refer(self, artifact_path: str, uri: str) -> None:
         """Let `runs:/RUN/artifact_path` mean the S3 folder `uri`, without storing its files a second time.

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder, read_vision_config
-from tinyemo.errors import DataError
+from tinyemo.errors import DataError, one_line
 from tinyemo.families import FAMILY
 from tinyemo.reasoner.config import LANGUAGE_MODELS, ReasonerConfig
 from tinyemo.reasoner.model import Reasoner, VisionTower
 from tinyemo.reasoner.presets import text_preset, vision_preset
 from tinyemo.reasoner.sources import Source, find_gguf, is_random, preset_name
-from tinyemo.tokenizer_files import open_tokenizer
 from tinyemo.vision import load_network
 
 logger = logging.getLogger(__name__)
@@ -124,16 +123,6 @@ def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def dequantise_gguf(path: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder, which loads faster and without `gguf`.
-
-    Raises:
-        DataError: as `load_gguf`.
-    """
-    load_gguf(path, dtype).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=open_tokenizer(path)).save_pretrained(folder)
-
-
 def _load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -146,8 +135,7 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTra
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder} holds no language model that can be loaded: {reason}") from error
+        raise DataError(f"{folder} holds no language model that can be loaded: {one_line(error)}") from error
     if model.config.model_type not in LANGUAGE_MODELS:
         raise DataError(
             f"{folder} holds a model of type {model.config.model_type!r}: known are {', '.join(LANGUAGE_MODELS)}"

@@ -5,18 +5,15 @@ The published totals count a language model and the whole of CLIP ViT-L/14, text
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, PhiConfig, PreTrainedConfig
+from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, PhiConfig, PreTrainedConfig
 
 from tinyemo.encoder_folders import describe_random_efficientnet
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
 from tinyemo.errors import ConfigError
 from tinyemo.families import find_size
 from tinyemo.reasoner.config import ReasonerConfig
-from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.openelm import OpenELMConfig
 
 CLIP_VIT_L14 = "clip-vit-large-patch14"
@@ -123,43 +120,4 @@ def preset_config(
         llm_weights="random",
         vision_weights="random",
         **fields,
-    )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters; tied ones count once."""
-
-    language_model: int
-    vision_tower: int
-    """What the reasoning model runs: CLIP's vision tower with its projection."""
-    connector: int
-    clip: int
-    """The whole of CLIP, as the paper counts."""
-
-    @property
-    def published_total(self) -> int:
-        """Return the number that the paper gives: language model and all of CLIP."""
-        return self.language_model + self.clip
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Count the elements of all parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def meta_counts(name: str) -> Counts:
-    """Count the parameters of a family member on the meta device, without memory or weights.
-
-    Raises:
-        ConfigError: the family has no such member.
-    """
-    with torch.device("meta"):
-        model = Reasoner(preset_config(name))
-        clip = CLIPModel(clip_preset())
-    return Counts(
-        language_model=count_parameters(model.language_model),
-        vision_tower=count_parameters(model.vision_tower),
-        connector=count_parameters(model.connector),
-        clip=count_parameters(clip),
     )

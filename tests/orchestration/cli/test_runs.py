@@ -138,6 +138,7 @@ def test_rm_refuses_what_something_was_made_from(s3_root: str, mlflow: Mlflow) -
 def test_a_family_goes_with_its_sizes_and_no_size_goes_alone(s3_root: str, mlflow: Mlflow) -> None:
     for size in ("small", "large"):
         put_run(s3_root, f"family-{size}")
+    storage.write_json(f"{s3_root}/family/run.json", {"kind": "family"})
     storage.write_json(f"{s3_root}/family/family.json", {"recipe": {}})
     put_run(s3_root, "familiar")
     assert listed(s3_root)["family"]["kind"] == "family"

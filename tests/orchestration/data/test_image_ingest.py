@@ -68,7 +68,7 @@ def test_every_row_is_kept_or_rejected_with_its_reason(s3_folder: str, tmp_path:
     manifest = report.manifest
     found = {row["number"]: row["reason"] for row in rejected(manifest).values()}
     assert found == {number: reason for number, (_, reason) in enumerate(lines, start=2) if reason}
-    assert manifest.rows_in == len(lines) == manifest.rows_kept + report.rows_rejected + report.rows_duplicate
+    assert manifest.rows_in == len(lines) == manifest.rows_kept + manifest.rejected.rows
     assert {row["file"] for row in rejected(manifest).values()} == {"labels.csv"}
     assert {(row["id"], row["label"]) for row in stored(manifest)} == {
         ("0.jpg", "fear"), ("1.jpg", "awe"), ("2.jpg", "sadness"), ("twin.jpg", "anger"), ("5.jpg", "anger"),

@@ -64,9 +64,9 @@ def test_every_kind_of_broken_record_ends_in_the_dead_letter(corpus: Corpus, s3_
     # Exactly as many out as in, however it is counted.
     num_lines = sum(bool(line.strip()) for line in corpus.lines)
     assert manifest.rows_in == num_lines == len(corpus.kept) + len(corpus.reasons)
-    assert (manifest.rows_kept, report.rows_rejected, report.rows_duplicate) == (
+    assert (manifest.rows_kept, manifest.rejected.rows, manifest.rejected.num_duplicates) == (
         len(corpus.kept),
-        len(corpus.reasons) - 3,
+        len(corpus.reasons),
         3,
     )
     assert manifest.rejected.reasons == Counter(corpus.reasons.values())
@@ -248,7 +248,11 @@ def test_too_much_rejected_fails_before_any_shard_and_keeps_the_dead_letter(s3_f
     assert storage.list_prefix(f"{s3_folder}/broken").keys() == {address}
     # A duplicate is not bad: at one of ten this is allowed.
     report = ingest(source, s3_folder, rules=IngestRules(max_rejected_fraction=0.1))
-    assert (report.manifest.rows_kept, report.rows_rejected, report.rows_duplicate) == (8, 1, 1)
+    assert (report.manifest.rows_kept, report.manifest.rejected.rows, report.manifest.rejected.num_duplicates) == (
+        8,
+        2,
+        1,
+    )
 
 
 def test_nothing_to_keep_is_a_clear_line(s3_folder: str, tmp_path: Path) -> None:

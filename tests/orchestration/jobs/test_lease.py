@@ -209,7 +209,9 @@ def test_a_claim_is_what_a_later_driver_goes_on_with(s3_root: str, recipe: Recip
         copy.write_json(f"{s3_root}/latest.json", {"step": 1})
         copy.write_json(f"{s3_root}/latest.json", {"step": 2})
     assert storage.read_json(f"{s3_root}/latest.json") == {"step": 2}
-    assert read_claim(s3_root, recipe, DATA) == "run-1"
+    claim = read_claim(s3_root, recipe, DATA)
+    assert claim is not None
+    assert claim["mlflow_run_id"] == "run-1"
     other = parse_recipe({"name": "held", "train": {"seed": 7}}, source="test")
     with pytest.raises(TrainingError, match=r"train\.seed 0 -> 7"), hold_lease(s3_root, other, DATA):
         raise AssertionError("unreachable")

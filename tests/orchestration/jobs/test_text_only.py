@@ -61,7 +61,7 @@ def test_it_is_measured_without_images_alone() -> None:
     assert (found.loss.keys(), found.tests) == ({"text_only"}, {})
     assert "It was trained on text alone, without images." in evaluation_lines(found.document())
     assert "| own image | another record's image | no image, no image tokens |" in evaluation_lines(
-        summarise(whole).document()
+        asdict(summarise(whole))
     )
 
 

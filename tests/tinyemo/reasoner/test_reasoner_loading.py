@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -28,7 +29,7 @@ from tinyemo.embedding_tables import open_gguf_table
 from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder
 from tinyemo.encoders import EFFICIENTNET_FILE
 from tinyemo.errors import ConfigError, DataError
-from tinyemo.reasoner.loading import build_reasoner, dequantise_gguf, load_language_model
+from tinyemo.reasoner.loading import build_reasoner, load_gguf, load_language_model
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.presets import text_preset
 from tinyemo.reasoner.sources import find_gguf
@@ -47,7 +48,8 @@ def gguf() -> Path:
 def dequantised(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GGUF file as a folder: reading the file takes seconds, the folder less than one."""
     folder = tmp_path_factory.mktemp("smollm2")
-    dequantise_gguf(gguf, folder)
+    load_gguf(gguf, torch.float32).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=open_tokenizer(gguf)).save_pretrained(folder)
     return folder
 
 
