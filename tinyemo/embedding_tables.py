@@ -64,15 +64,16 @@ class _RandomTable:
 
     is_random = True
 
-    def __init__(self, width: int, seed: int, name: str, tokenize: Tokenize) -> None:
+    def __init__(self, width: int, seed: int, name: str) -> None:
         self.name = name
         self.revision = f"seed-{seed}"
         self.width = width
         self._seed = seed
-        self._tokenize = tokenize
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenize(text)
+        # A digest of each word between spaces is its id.
+        digests = [hashlib.blake2b(word.encode(), digest_size=4).digest() for word in text.split()]
+        return [int.from_bytes(digest, "big") for digest in digests]
 
     def rows(self, ids: list[int]) -> Tensor:
         drawn = np.empty((len(ids), self.width), dtype=np.float32)
@@ -124,26 +125,15 @@ class _StoredTable:
         return self._read(ids) if ids else torch.empty((0, self.width))
 
 
-def random_table(
-    width: int, seed: int, tokenizer_source: EmbeddingTable | Path | None = None, *, name: str = "random"
-) -> EmbeddingTable:
+def random_table(width: int, seed: int, *, name: str = "random") -> EmbeddingTable:
     """Return a seeded table of any width, in place of one that cannot be reached.
 
     Args:
         width: D.
         seed: in [0, 2**64); row i depends on (seed, i) alone.
-        tokenizer_source: a table, a GGUF file or a folder whose tokenizer splits the text; None splits at spaces and
-        takes
-            a digest of each word as its id.
-        name: the language model whose place it takes.
+        name: language model whose place the table takes.
     """
-    if tokenizer_source is None:
-        tokenize: Tokenize = _hash_words
-    elif isinstance(tokenizer_source, Path):
-        tokenize = _open_tokenize(tokenizer_source)
-    else:
-        tokenize = tokenizer_source.tokenize
-    return _RandomTable(width, seed, name, tokenize)
+    return _RandomTable(width, seed, name)
 
 
 def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None = None) -> EmbeddingTable:
@@ -151,8 +141,8 @@ def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None
 
     Args:
         path: the file.
-        name: of the language model; None takes the file's own.
-        revision: of the weights; None takes a digest of the table.
+        name: public name of the language model; None takes the file's own.
+        revision: revision of the weights; None takes a digest of the table.
 
     Raises:
         DataError: no such file, or not such a file.
@@ -182,18 +172,12 @@ def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None
     )
 
 
-def open_safetensors_table(
-    folder: Path, *, name: str | None = None, revision: str | None = None, tokenizer_source: Path | None = None
-) -> EmbeddingTable:
+def open_safetensors_table(folder: Path, *, name: str | None = None) -> EmbeddingTable:
     """Open the table and tokenizer of a Hugging Face model folder; only requested rows are read.
 
     Args:
         folder: holds model.safetensors, or shards with model.safetensors.index.json.
-        name: of the language model; None takes the folder's.
-        revision: of the weights; None takes a digest of the table.
-        tokenizer_source: a folder or GGUF file with the tokenizer; None takes `folder` (OpenELM ships without one and
-        uses
-            Llama-2's).
+        name: public name of the language model; None takes the folder's.
 
     Raises:
         DataError: no weights, no known name of an embedding table, or no tokenizer.
@@ -216,8 +200,7 @@ def open_safetensors_table(
                 rows = torch.cat([table[token : token + 1] for token in ids])
         return torch.as_tensor(rows, dtype=torch.float32)
 
-    tokenize = _open_tokenize(tokenizer_source or folder)
-    return _StoredTable(name or folder.name, (num_rows, width), read, tokenize, revision)
+    return _StoredTable(name or folder.name, (num_rows, width), read, _open_tokenize(folder), None)
 
 
 def _find_table(folder: Path) -> tuple[Path, str]:
@@ -234,12 +217,6 @@ def _find_table(folder: Path) -> tuple[Path, str]:
         if tensor_name in weight_map:
             return folder / weight_map[tensor_name], tensor_name
     raise DataError(f"{folder} holds no input embeddings: it needs one of {', '.join(TABLE_TENSORS)}")
-
-
-def _hash_words(text: str) -> list[int]:
-    """Return one id for each word between spaces: its digest, in [0, 2**32)."""
-    digests = [hashlib.blake2b(word.encode(), digest_size=4).digest() for word in text.split()]
-    return [int.from_bytes(digest, "big") for digest in digests]
 
 
 def _open_tokenize(source: Path) -> Tokenize:

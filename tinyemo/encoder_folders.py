@@ -5,13 +5,12 @@ For EfficientNet-Lite0 nothing here imports torch; `tinyemo.vision` runs the enc
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from tinyemo.encoders import EFFICIENTNET_FILE, EFFICIENTNET_LITE0, EncoderInfo, EncoderSpec, Preprocessing
 from tinyemo.errors import DataError, first_line
+from tinyemo.local_files import read_config, revision_of_files
 
 EFFICIENTNET_WIDTH = 1280
 EFFICIENTNET_STRIDE = 32
@@ -30,6 +29,8 @@ EFFICIENTNET_PREPROCESSING = Preprocessing(
 
 WEIGHTS_MARK = "tinyemo_weights"
 """Key of a model's config.json: "random" where it was never trained."""
+HASHED_FILES = ("config.json", "*.safetensors", "*.pth")
+"""Files of a folder that its revision depends on."""
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _KINDS = {
     "clip": "clip",
@@ -52,8 +53,8 @@ def describe_encoder(folder: Path, *, name: str, revision: str | None = None) ->
         DataError: the folder holds no encoder that we know, or says too little about it.
     """
     if (folder / EFFICIENTNET_FILE).is_file():
-        return _describe_efficientnet(name, revision or _folder_revision(folder), "real")
-    config = _read_config(folder / "config.json")
+        return _describe_efficientnet(name, revision or revision_of_files(folder, HASHED_FILES), "real")
+    config = read_config(folder, "vision encoder")
     kind = _KINDS.get(str(config.get("model_type")))
     if kind is None:
         raise DataError(
@@ -69,7 +70,7 @@ def describe_encoder(folder: Path, *, name: str, revision: str | None = None) ->
     return EncoderSpec(
         info=EncoderInfo(
             name=name,
-            revision=revision or _folder_revision(folder),
+            revision=revision or revision_of_files(folder, HASHED_FILES),
             preprocessing=preprocessing.digest(),
             weights="random" if config.get(WEIGHTS_MARK) == "random" else "real",
         ),
@@ -97,16 +98,6 @@ def _describe_efficientnet(name: str, revision: str, weights: Literal["real", "r
         patch_grid=(side, side),
         patch_width=EFFICIENTNET_WIDTH,
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path.parent} holds no vision encoder: {path.name} cannot be read") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path.parent} holds no vision encoder: {path.name} is no JSON object")
-    return config
 
 
 def read_vision_config(folder: Path) -> Any:
@@ -153,13 +144,3 @@ def _read_preprocessing(folder: Path) -> Preprocessing:
             "std": tuple(found.image_std),
         }
     )
-
-
-def _folder_revision(folder: Path) -> str:
-    """Return the sha256 over the names and bytes of a folder's configuration and weights."""
-    digest = hashlib.sha256()
-    files = sorted(path for pattern in ("config.json", "*.safetensors", "*.pth") for path in folder.glob(pattern))
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
-    return f"sha256-{digest.hexdigest()}"

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestration.assets.catalogue import CATALOGUE, find_asset, get_asset
 from orchestration.assets.model_files import choose_encoder, describe_choice, fetch_from_hub, fetch_from_s3
 from orchestration.recipe import Recipe
 from tinyemo.encoder_folders import WEIGHTS_MARK
 from tinyemo.encoders import EncoderSpec
-from tinyemo.errors import AssetError, ConfigError, DataError
+from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
-from tinyemo.local_files import sha256_of_file
+from tinyemo.local_files import read_config, revision_of_files, sha256_of_file
 from tinyemo.reasoner.sources import find_gguf, is_random, preset_name
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+HASHED_FILES = ("config.json", "*.safetensors", "*.gguf")
+"""Files of a folder that its digest depends on."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,11 @@ def describe_sources(recipe: Recipe) -> Sources:
         vocabulary = text_preset(preset_name(source.llm)).vocab_size
         return Sources(public_name(source.llm), "random", "random", encoder, vocabulary)
     path = fetch_llm(recipe)
-    config = _config(path) if find_gguf(path) is None else {}
+    config = read_config(path, "language model") if find_gguf(path) is None else {}
     weights = "random" if config.get(WEIGHTS_MARK) == "random" else "real"
-    revision = source.llm_revision or _digest(path)
+    revision = source.llm_revision
+    if revision is None:
+        revision = f"sha256-{sha256_of_file(path)}" if path.is_file() else revision_of_files(path, HASHED_FILES)
     return Sources(public_name(source.llm), revision, weights, encoder, config.get("vocab_size"))
 
 
@@ -102,23 +103,6 @@ def fetch_llm(recipe: Recipe) -> Path:
             "reasoner.llm_revision, its commit"
         )
     return fetch_from_hub(name, revision, HUB_FILES)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no language model: config.json cannot be read") from error
-    assert isinstance(found, dict)
-    return found
-
-
-def _digest(path: Path) -> str:
-    if path.is_file():
-        return f"sha256-{sha256_of_file(path)}"
-    files = sorted(found for pattern in ("config.json", "*.safetensors", "*.gguf") for found in path.glob(pattern))
-    lines = "".join(f"{found.name}\0{sha256_of_file(found)}\0" for found in files)
-    return f"sha256-{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 def tokenizer_source(name: str) -> Path:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestration.cli.options import JsonOption
+
 if TYPE_CHECKING:
     from cluster.platform import ServiceStatus
 
@@ -19,7 +21,6 @@ platform_app = typer.Typer(help="Servers on this machine: S3, MLflow and a Ray h
 StateOption = Annotated[
     Path | None, typer.Option(help="Folder for data, logs and credentials.  [default: TINYEMO_STATE, else .tinyemo]")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @platform_app.command()

@@ -6,7 +6,6 @@ Shape letters: B records of one rank in a step, G records of the whole step, d f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from orchestration.data.forms import FeatureForm, RecordForm
 from orchestration.data.sets import features_array
 from tinyemo.conversation import IGNORED, IMAGE_TOKEN_ID
-from tinyemo.packing import PaddedBatch, TokenRecord, pad
+from tinyemo.packing import TokenRecord
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Batch:
     pixel_values: Tensor | None = None
     other_pixel_values: Tensor | None = None
     tokens: list[TokenRecord] | None = None
-
-    @cached_property
-    def padded(self) -> PaddedBatch | None:
-        """The tokens as (B, T) tensors."""
-        return None if self.tokens is None else pad(self.tokens)
 
     def part(self, rows: slice) -> Batch:
         """Return some of the records in their order; see `tinyemo.packing.micro_batches`."""

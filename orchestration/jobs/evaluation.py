@@ -1,4 +1,4 @@
-"""The evaluation's task: held-out records with their own image, with another record's, and with none."""
+"""The evaluation's task: held-out records with their own image, with another record's (its partner), and with none."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestration.data.batch import Batch
+from orchestration.data.manifest import read_index
+from orchestration.data.plan import Ints
+from orchestration.data.sets import RecordSet
+from orchestration.data.stream import Stream
 from orchestration.jobs.checkpoints import fetched
 from orchestration.jobs.paired import PairedTest, mean_by_group, paired_test
 from orchestration.jobs.steps import Inputs, losses_by_record
 from orchestration.jobs.worker import Point, Stage
 from orchestration.services.engine import compute_dtype
+from tinyemo.errors import DataError
 from tinyemo.packing import micro_batches
 from tinyemo.reasoner.model import Reasoner
 
@@ -109,7 +116,7 @@ def measure_records(
 
     `image` is a digest of the record's pixels.
 
-    The stream says which other record's image stands in, see `orchestration.data.partners`.
+    The stream says which other record's image stands in, see `orchestration.jobs.evaluation`.
     """
     device = next(model.parameters()).device
     inputs = Inputs(model.config.encoder_spec.preprocessing, device, model.config.image_token_id)
@@ -177,3 +184,55 @@ def summarise(rows: list[dict[str, Any]]) -> Evaluation:
             for task in np.unique(tasks)
         },
     )
+
+
+def with_partners(stream: Stream) -> Stream:
+    """Return the stream with a partner for each record, chosen over all records and so independent of ranks.
+
+    A partner stands in the same pool where the pool has enough images, so that its image is fetched with the pool.
+
+    Raises:
+        DataError: one image has more than half of the records.
+        StorageError: S3 cannot be read.
+    """
+    images = np.concatenate([_image_names(part) for part in stream.sets])
+    first = np.cumsum([0, *(part.num_rows for part in stream.sets)])
+    partners = np.empty(len(images), dtype=np.int64)
+    one_epoch = replace(stream.plan, num_epochs=1, max_steps=None, tail="pad")
+    try:
+        for window in one_epoch.windows():
+            rows = first[window.source] + one_epoch.records(window).row
+            partners[rows] = rows[other_images(images[rows])]
+    except ValueError:
+        try:
+            partners = other_images(images)
+        except ValueError as error:
+            raise DataError(f"images cannot be shuffled for the evaluation: {error}; give it more records") from error
+    return replace(stream, partners=partners)
+
+
+def _image_names(record_set: RecordSet) -> NDArray[np.uint64]:
+    index = read_index(record_set.manifest)
+    index = index.filter(pc.equal(index["split"], record_set.split))
+    rows = record_set.row_numbers(np.asarray(index["shard"]), np.asarray(index["row"]))
+    return np.asarray(index["image_hash"])[np.argsort(rows)][record_set.stored_rows(np.arange(record_set.num_rows))]
+
+
+def other_images(images: Sequence[str] | NDArray[Any]) -> Ints:
+    """Return for each record the place of a record with another image; each record's image is handed out once.
+
+    Records are put in the order of their images and that order is turned by the size of the largest group.
+
+    Args:
+        images: N names of images; no more than half of them may be the same.
+
+    Raises:
+        ValueError: one image has more than half of the records, so that no such assignment exists.
+    """
+    order = np.argsort(np.asarray(images), kind="stable")
+    largest = int(np.unique(np.asarray(images), return_counts=True)[1].max())
+    if 2 * largest > len(images):
+        raise ValueError(f"{largest} of {len(images)} records have one image: there are not enough others to swap with")
+    found = np.empty(len(images), dtype=np.int64)
+    found[order] = np.roll(order, -largest)
+    return found

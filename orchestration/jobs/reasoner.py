@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestration.assets.models import tokenizer_source
-from orchestration.data.partners import with_partners
 from orchestration.jobs.checkpoints import Done, read_curve
-from orchestration.jobs.evaluation import CONDITIONS, ROWS, EvaluationJob, summarise
+from orchestration.jobs.evaluation import CONDITIONS, ROWS, EvaluationJob, summarise, with_partners
 from orchestration.jobs.results import ReasonerResult, StageResult, model_card
 from orchestration.jobs.stage_weights import (
     TRAINED_WEIGHTS,

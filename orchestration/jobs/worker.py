@@ -167,7 +167,7 @@ def run_steps(stage: Stage, device: torch.device) -> None:
             report(stage, state, log, step)
         elif log.is_sent:
             report_figures(stage, log, step)
-    report_end(stage, state, log, step)
+    report(stage, state, log, step, is_final=True)
 
 
 def _divides(every_steps: int, step: int) -> bool:
@@ -288,37 +288,26 @@ def report_figures(stage: Stage, log: Log, step: int) -> None:
     log.restart()
 
 
-def report(stage: Stage, state: State, log: Log, step: int) -> None:
-    """Store a checkpoint in S3, every rank its own part, and send figures; a barrier."""
+def report(stage: Stage, state: State, log: Log, step: int, *, is_final: bool = False) -> None:
+    """Store a checkpoint in S3, every rank its own part, and send figures; a barrier.
+
+    The final checkpoint holds the outcome of the stage in place of the engine.
+    """
     import ray.train
 
+    task, figures = stage.functions(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if state.engine is not None:
+        if is_final:
+            figures = {**task.finish(state, stage, folder), "is_final": True}
+        elif state.engine is not None:
             save_engine(state.engine, folder)
-        _write_task_files(stage, state, step, folder)
+        task.save(state, folder)
+        if torch.distributed.get_rank() == 0:
+            (folder / PROGRESS).write_text(json.dumps({"step": step}))
         checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
-        ray.train.report(_document(stage, step, log.take(is_saved=True)), checkpoint=checkpoint)
+        ray.train.report({**_document(stage, step, log.take(is_saved=True)), **figures}, checkpoint=checkpoint)
     log.restart()
-
-
-def _write_task_files(stage: Stage, state: State, step: int, folder: Path) -> None:
-    stage.functions().save(state, folder)
-    if torch.distributed.get_rank() == 0:
-        (folder / PROGRESS).write_text(json.dumps({"step": step}))
-
-
-def report_end(stage: Stage, state: State, log: Log, step: int) -> None:
-    """Store and send the outcome of the stage."""
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        figures = stage.functions().finish(state, stage, folder)
-        _write_task_files(stage, state, step, folder)
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
-        document = {**_document(stage, step, log.take(is_saved=True)), **figures, "is_final": True}
-        ray.train.report(document, checkpoint=checkpoint)
 
 
 def _document(stage: Stage, step: int, curve: list[dict[str, float]]) -> dict[str, Any]:

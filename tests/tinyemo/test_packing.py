@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_reasoners import pad
 
 from tinyemo.conversation import IGNORED
-from tinyemo.packing import TokenRecord, micro_batches, pack, pad
+from tinyemo.packing import TokenRecord, micro_batches, pack
 
 
 def token_record(ids: list[int], labels: list[int]) -> TokenRecord:

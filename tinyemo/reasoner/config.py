@@ -10,7 +10,6 @@ from transformers.configuration_utils import SubConfigSpec
 from tinyemo.conversation import IMAGE_TOKEN_ID
 from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec
 from tinyemo.errors import ConfigError
-from tinyemo.reasoner.connector import CONNECTORS
 
 # Importing it makes transformers know the model type.
 from tinyemo.reasoner.openelm import OpenELMConfig
@@ -18,6 +17,8 @@ from tinyemo.reasoner.openelm import OpenELMConfig
 LANGUAGE_MODELS = ("llama", "phi", "qwen2", OpenELMConfig.model_type)
 """Model types of language models that we stand behind; each is tested."""
 WEIGHTS = ("real", "random")
+CONNECTORS = ("identity", "linear", "mlp2x_gelu")
+"""TinyLLaVA Factory's names."""
 
 
 class ReasonerConfig(PreTrainedConfig):

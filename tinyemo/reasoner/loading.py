@@ -6,7 +6,6 @@ Whoever asks fetches the weights, pinned by revision; nothing here downloads and
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tinyemo.encoder_folders import WEIGHTS_MARK, describe_encoder, read_vision_config
 from tinyemo.errors import DataError, one_line
 from tinyemo.families import FAMILY
+from tinyemo.local_files import read_config
 from tinyemo.reasoner.config import LANGUAGE_MODELS, ReasonerConfig
 from tinyemo.reasoner.model import Reasoner, VisionTower
 from tinyemo.reasoner.presets import text_preset, vision_preset
@@ -100,7 +100,7 @@ def load_language_model(source: Source, dtype: torch.dtype) -> tuple[PreTrainedM
     gguf = find_gguf(path)
     if gguf is not None:
         return load_gguf(gguf, dtype), "real"
-    config = _read_config(path)
+    config = read_config(path, "language model")
     model = _load_pretrained(path, dtype)
     return model, "random" if config.get(WEIGHTS_MARK) == "random" else "real"
 
@@ -145,16 +145,6 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> PreTra
         raise DataError(f"{folder} lacks {len(missing)} weights of its language model, the first is {missing[0]}")
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no language model: config.json cannot be read") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{folder} holds no language model: config.json is no JSON object")
-    return config
 
 
 def _language_model_name(source: Source) -> str:

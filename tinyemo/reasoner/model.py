@@ -20,8 +20,24 @@ from transformers.modeling_utils import PreTrainedModel
 from tinyemo.conversation import IGNORED
 from tinyemo.errors import DataError
 from tinyemo.reasoner.config import ReasonerConfig
-from tinyemo.reasoner.connector import Connector
 from tinyemo.vision import Features, build_network, run_network
+
+
+class Connector(nn.Module):
+    """Layers that map (N, P, D) float to (N, P, H) float, each patch by itself."""
+
+    def __init__(self, kind: str, patch_width: int, hidden_size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if kind != "identity":
+            layers.append(nn.Linear(patch_width, hidden_size))
+        if kind == "mlp2x_gelu":
+            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        embeds: Tensor = self.layers(patches)
+        return embeds
 
 
 class VisionTower(nn.Module):

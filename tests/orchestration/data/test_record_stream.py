@@ -16,15 +16,16 @@ import pytest
 import torch
 from PIL import Image
 from record_files import record, write_records
+from tiny_reasoners import pad
 
 from orchestration.assets.catalogue import get_asset
 from orchestration.data import sets, stream
 from orchestration.data.batch import Batch
 from orchestration.data.forms import RecordForm, open_chat_tokenizer
 from orchestration.data.ledger import Ledger, check_ledger, read_ledger
-from orchestration.data.partners import with_partners
 from orchestration.data.sets import open_record_set, read_records
 from orchestration.data.stream import Stream, plan_records
+from orchestration.jobs.evaluation import with_partners
 from orchestration.recipe import RecordsConfig
 from orchestration.services import storage
 from tinyemo.conversation import IGNORED, IMAGE_TOKEN_ID
@@ -152,8 +153,8 @@ def test_pixels_and_texts_are_those_of_the_record(dataset: str, smollm2_file: Pa
     end = open_chat_tokenizer(str(smollm2_file), "<|im_end|>").end_id
     seen = 0
     for batch in [batch for batches in read_all(plan) for batch in batches]:
-        assert batch.padded is not None
-        input_ids, labels, mask = batch.padded.input_ids, batch.padded.labels, batch.padded.attention_mask
+        padded = pad(batch.tokens)
+        input_ids, labels, mask = padded.input_ids, padded.labels, padded.attention_mask
         assert batch.pixel_values is not None
         assert batch.pixel_values.shape == (BATCH // 2, 16, 16, 3)
         assert batch.pixel_values.dtype == torch.uint8
@@ -246,10 +247,8 @@ def test_parts_of_a_batch_hold_its_records_in_order(dataset: str, smollm2_file: 
     real = [pair for pair, is_real in zip(last.tokens, last.is_real.tolist(), strict=True) if is_real]
     assert 0 < len(real) == NUM_RECORDS % BATCH
     assert pack(last.tokens).num_answer_tokens == pack(real).num_answer_tokens > 0
-    assert last.padded is not None
-    assert last.padded.num_answer_tokens == pack(real).num_answer_tokens
-    assert parts[0].padded is not None
-    assert parts[0].padded.input_ids.shape[1] == max(len(ids) for ids, _ in last.tokens[:5])
+    assert pad(last.tokens).num_answer_tokens == pack(real).num_answer_tokens
+    assert pad(parts[0].tokens).input_ids.shape[1] == max(len(ids) for ids, _ in last.tokens[:5])
 
 
 def test_a_record_that_cannot_be_used_is_named(s3_root: str, dataset: str, smollm2_file: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration.data.partners import other_images
-from orchestration.jobs.evaluation import summarise
+from orchestration.jobs.evaluation import other_images, summarise
 from orchestration.jobs.paired import mean_by_group, paired_test
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Found, Jobs, run_groups
-from tiny_reasoners import IMAGE, VOCABULARY, tiny_reasoner
+from tiny_reasoners import IMAGE, VOCABULARY, pad, tiny_reasoner
 
 from orchestration.data.batch import Batch
 from orchestration.data.plan import rank_slice
@@ -236,13 +236,13 @@ def plain_loop(chosen: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * stage.rate_factor(step, 2 * STEPS)
         batch = global_batch(step)
-        assert batch.padded is not None
+        padded = pad(batch.tokens)
         logits = model(
-            input_ids=batch.padded.input_ids,
-            attention_mask=batch.padded.attention_mask,
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
             pixel_values=inputs.micro_batch(batch).pixel_values,
         ).logits
-        labels = batch.padded.labels
+        labels = padded.labels
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

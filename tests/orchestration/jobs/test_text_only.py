@@ -59,7 +59,7 @@ def test_it_is_measured_without_images_alone() -> None:
         assert one == {key: other[key] for key in one}
     found = summarise(alone)
     assert (found.loss.keys(), found.tests) == ({"text_only"}, {})
-    assert "It was trained on text alone, without images." in evaluation_lines(found.document())
+    assert "It was trained on text alone, without images." in evaluation_lines(asdict(found))
     assert "| own image | another record's image | no image, no image tokens |" in evaluation_lines(
         asdict(summarise(whole))
     )

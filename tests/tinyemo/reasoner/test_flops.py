@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_reasoners import LANGUAGE_MODELS, pixels, prompt, tiny_reasoner
+from tiny_reasoners import LANGUAGE_MODELS, count_parameters, pixels, prompt, tiny_reasoner
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyemo.reasoner.flops import FlopModel, Work, flop_model
 from tinyemo.reasoner.model import Reasoner
-from tinyemo.reasoner.presets import count_parameters, preset_config
+from tinyemo.reasoner.presets import preset_config
 from tinyemo.reasoner.trained import select_trained
 
 WORKS = st.builds(Work, *[st.integers(0, 10**6)] * 4)

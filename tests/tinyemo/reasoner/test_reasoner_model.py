@@ -16,8 +16,7 @@ from transformers import AutoConfig
 from tinyemo.conversation import IGNORED
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.reasoner.config import ReasonerConfig
-from tinyemo.reasoner.connector import Connector
-from tinyemo.reasoner.model import Reasoner, find_answer_positions, measure_answers
+from tinyemo.reasoner.model import Connector, Reasoner, find_answer_positions, measure_answers
 
 PAIRS = [(llm, "clip") for llm in LANGUAGE_MODELS] + [("llama", tower) for tower in TOWERS[1:]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_reasoners import count_parameters
 from transformers import CLIPModel
 
 from tinyemo.errors import ConfigError
@@ -23,25 +24,21 @@ PROJECTION = 1024 * 768
 PUBLISHED_BILLIONS = {"tinyemo-700m": 0.70, "tinyemo-880m": 0.88, "tinyemo-1.5b": 1.53, "tinyemo-3.2b": 3.21}
 
 
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 @pytest.mark.parametrize("name", FAMILY)
 def test_counts_are_the_published_totals(name: str) -> None:
     """The paper counts the language model and all of CLIP, text tower included; tied parameters count once."""
     with torch.device("meta"):
         model, clip = Reasoner(preset_config(name)), CLIPModel(clip_preset())
-    assert count(model.language_model) == LANGUAGE_MODELS[name]
-    assert count(clip) == CLIP_PARAMETERS
+    assert count_parameters(model.language_model) == LANGUAGE_MODELS[name]
+    assert count_parameters(clip) == CLIP_PARAMETERS
     total, size = LANGUAGE_MODELS[name] + CLIP_PARAMETERS, FAMILY[name]
     assert total == size.total_parameters
     if name in PUBLISHED_BILLIONS:
         assert round(total / 1e9, 2) == PUBLISHED_BILLIONS[name]
-    assert count(model.vision_tower) == VISION_TOWER + PROJECTION
+    assert count_parameters(model.vision_tower) == VISION_TOWER + PROJECTION
     hidden = size.hidden_size
     assert text_preset(name).hidden_size == hidden
-    assert count(model.connector) == 1024 * hidden + hidden + hidden * hidden + hidden
+    assert count_parameters(model.connector) == 1024 * hidden + hidden + hidden * hidden + hidden
 
 
 def test_an_image_is_256_tokens_of_clip_and_49_of_efficientnet() -> None:

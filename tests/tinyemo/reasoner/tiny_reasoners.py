@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import transformers as hf
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from tinyemo.conversation import IGNORED
 from tinyemo.encoders import EncoderInfo, EncoderSpec, Preprocessing
+from tinyemo.packing import TokenRecord
 from tinyemo.reasoner.config import ReasonerConfig
 from tinyemo.reasoner.model import Reasoner
 from tinyemo.reasoner.openelm import OpenELMConfig
@@ -93,3 +99,39 @@ def pixels(model: Reasoner, num_images: int, seed: int = 0) -> Tensor:
 def prompt(model: Reasoner, before: list[int], after: list[int]) -> list[int]:
     """Ids with one image between `before` and `after`."""
     return [*before, *[IMAGE] * model.config.num_image_tokens, *after]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """One record per row, padded at its end.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64; the first column is IGNORED, for nothing stands before it.
+        attention_mask: (B, T) bool.
+        num_answer_tokens: labels that count.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    num_answer_tokens: int
+
+
+def pad(records: Sequence[TokenRecord] | None) -> PaddedBatch:
+    """Pad the records to one row each, in their order: what packed rows are compared with."""
+    assert records is not None
+    learned = [torch.cat([labels.new_full((min(1, len(labels)),), IGNORED), labels[1:]]) for _, labels in records]
+    labels = pad_sequence(learned, batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor([len(input_ids) for input_ids, _ in records])
+    return PaddedBatch(
+        input_ids=pad_sequence([input_ids for input_ids, _ in records], batch_first=True),
+        labels=labels,
+        attention_mask=torch.arange(labels.shape[1])[None, :] < lengths[:, None],
+        num_answer_tokens=int((labels != IGNORED).sum()),
+    )
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Count the elements of all parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
