@@ -43,8 +43,8 @@ class Exchange:
     """A question and its answer; the answer is None where the model is to give it.
 
     Attributes:
-        system: what stands before the first question; None for the template's own.
-        task: of the record: caption, vqa, sqa, reasoning; None where nobody knows.
+        system: text before the first question; None for the template's own.
+        task: task of the record: caption, vqa, sqa, reasoning; None if it is unknown.
     """
 
     system: str | None

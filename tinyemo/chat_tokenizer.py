@@ -22,9 +22,9 @@ class ChatTokenizer:
     can end its own turn.
 
     Attributes:
-        begin_ids: what the tokenizer puts before a text: its BOS, or nothing.
+        begin_ids: ids that the tokenizer puts before a text: its BOS, or none.
         end_id: closes an answer, and stops generation.
-        turn_id: of `<|im_start|>`, None where the tokenizer has no such token.
+        turn_id: id of `<|im_start|>`; None if the tokenizer has no such token.
     """
 
     def __init__(self, tokenizer: Any, end_token: str) -> None:

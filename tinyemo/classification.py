@@ -51,7 +51,7 @@ class ZeroShotScores:
     among_all: float
     """Share of the rows of the labels left out whose own label is the nearest of all words, in [0, 1]."""
     chance: float
-    """What guessing gets right of `zero_shot`, in [0, 1]."""
+    """Accuracy of guessing on `zero_shot`, in [0, 1]."""
 
 
 def evaluate_left_out(

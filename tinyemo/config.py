@@ -54,7 +54,7 @@ class LabelConfig(Section):
     taxonomy_augmentation: float = Field(0.0, ge=0, le=1)
     """Chance that a training sample's label text is swapped for its label in another taxonomy, where there is one."""
     seed: int = Field(0, ge=0)
-    """Of the random table."""
+    """Seed of the random table."""
 
     @field_validator("llm")
     @classmethod
@@ -100,9 +100,9 @@ class LossConfig(Section):
     temperature: PositiveFloat | None = None
     """Divides cosines; none takes the published value of the loss. The cosine loss has no temperature."""
     margin: float = Field(0.5, ge=-1, le=1)
-    """Of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
+    """Margin of the cosine loss, in cosines; it acts on negative pairs alone, and the published loss has none."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Of the prototype loss: the share of the target that is spread over all labels."""
+    """Share of the target that the prototype loss spreads over all labels."""
     mixup_alpha: float = Field(0.0, ge=0)
     """Both parameters of the Beta distribution that mixes each sample's features with another's (arXiv 1710.09412);
     0 mixes none. One weight for a step."""

@@ -54,8 +54,8 @@ def encode_conversation(
         template: name of the form.
         image_tokens: placeholders of the image; 0 for the text alone.
         max_length: tokens kept; None for all.
-        task: of the record; the plain form leaves out a caption's question.
-        record_id: for messages.
+        task: task of the record; the plain form leaves out a caption's question.
+        record_id: id of the record, for error messages.
 
     Raises:
         DataError: turns out of order, no answer or no whole image within `max_length`, or a tokenizer that does not

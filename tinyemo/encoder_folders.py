@@ -45,9 +45,9 @@ def describe_encoder(folder: Path, *, name: str, revision: str | None = None) ->
     """Describe the encoder in a folder from its configuration; its weights are not loaded.
 
     Args:
-        folder: of EfficientNet-Lite0's asset, or a model that transformers wrote.
-        name: to be known by.
-        revision: of its weights; None takes the sha256 of the folder's weights and configuration.
+        folder: folder of EfficientNet-Lite0's asset, or of a model that transformers wrote.
+        name: public name of the encoder.
+        revision: revision of its weights; None takes the sha256 of the folder's weights and configuration.
 
     Raises:
         DataError: the folder holds no encoder that we know, or says too little about it.

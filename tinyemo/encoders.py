@@ -22,7 +22,7 @@ EFFICIENTNET_FILE = "efficientnet-lite0.pth"
 UNKNOWN = "unknown"
 """A revision or a preprocessing that nobody wrote down; it is never held against another one."""
 PARQUET_KEY = b"tinyemo"
-"""Of a Parquet file's metadata: JSON whose `encoder` is an EncoderInfo."""
+"""Key in a Parquet file's metadata; its value is JSON whose `encoder` is an EncoderInfo."""
 
 
 class Preprocessing(Section):
@@ -36,9 +36,9 @@ class Preprocessing(Section):
     """Side of the centre square that is kept, pixels."""
     interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic"]
     mean: tuple[float, float, float]
-    """Of red, green and blue in [0, 1], subtracted."""
+    """Values subtracted from red, green and blue in [0, 1]."""
     std: tuple[float, float, float]
-    """What the rest is divided by."""
+    """Values that the differences are divided by."""
 
     def digest(self) -> str:
         """Return the sha256 over every field."""
@@ -49,7 +49,7 @@ class EncoderInfo(Section):
     """Identity of the network that made features, and of its preprocessing."""
 
     name: str
-    """For instance openai/clip-vit-large-patch14."""
+    """Public name, for instance openai/clip-vit-large-patch14."""
     revision: str
     """Commit or sha256 of its weights; `unknown` where nobody wrote it down."""
     preprocessing: str

@@ -20,7 +20,7 @@ class ModelSize:
     """One member of the family."""
 
     name: str
-    """What a recipe calls it."""
+    """Name in recipes."""
     llm: str
     """The language model's public name."""
     hidden_size: int

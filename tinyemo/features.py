@@ -32,7 +32,7 @@ class FeatureTable:
     features: Tensor
     """(N, d) float32, finite."""
     encoder: EncoderInfo | None = None
-    """Which network made them; None where the file does not say."""
+    """Network that made the features; None if the file does not say."""
 
 
 def read_features(path: Path) -> FeatureTable:

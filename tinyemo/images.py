@@ -66,7 +66,7 @@ def read_pixels(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
     Args:
         data: encoded image.
-        preprocessing: of the encoder.
+        preprocessing: preprocessing of the encoder.
 
     Returns:
         (crop, crop, 3) uint8 RGB.

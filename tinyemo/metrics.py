@@ -21,7 +21,7 @@ class Scores:
     top1_accuracy: float
     """Right over all samples, in [0, 1]."""
     per_class_recall: dict[str, float | None]
-    """By label: right over the samples of that label, in [0, 1]; None where there are none."""
+    """Share of each label's samples that are right, in [0, 1]; None for a label without samples."""
     confusion: list[list[int]]
     """(C, C) counts; rows are true labels, columns predictions, both in the order of per_class_recall."""
     num_samples: int

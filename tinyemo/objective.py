@@ -39,10 +39,10 @@ class Objective:
     Attributes:
         label_embeds: (C, D) float32, L2-normalised.
         text_table: (T, D) float32, L2-normalised; the first C rows are the labels' own texts.
-        synonym_rows: for each label the rows of its synonyms in `text_table`.
+        synonym_rows: rows of each label's synonyms in `text_table`.
         synonyms_probability: chance that a sample's text is swapped for one of its label's synonyms.
-        seed: of these swaps, dropout and mixup.
-        taxonomy_rows: for each label the rows of its labels in other taxonomies in `text_table`.
+        seed: seed of these swaps, dropout and mixup.
+        taxonomy_rows: rows of each label's words in other taxonomies in `text_table`.
         taxonomy_augmentation: chance that a sample's text is swapped for one of those; a synonym goes before.
     """
 

@@ -56,7 +56,7 @@ def micro_batches(num_records: int, micro_batch_size: int) -> Iterator[slice]:
     part in every pass. Order stays, and what belongs to the step stays in it.
 
     Args:
-        num_records: of one rank in a step.
+        num_records: number of records of one rank in a step.
         micro_batch_size: > 0.
     """
     for start in range(0, num_records, micro_batch_size):

@@ -44,7 +44,7 @@ class MetricProjector(nn.Module):
         self.labels: LabelEmbeddings | None = None
         """Label embeddings that came with the weights; None in a projector that was not loaded."""
         self.card: dict[str, CardValue] = {}
-        """Where the weights come from; empty in a projector that was not loaded."""
+        """Origin of the weights; empty in a projector that was not loaded."""
         hidden_width = config.hidden_width or config.hidden_size
         self.layers = nn.Sequential(
             nn.Linear(config.encoder_width, hidden_width),
@@ -108,7 +108,7 @@ class MetricProjector(nn.Module):
         Args:
             folder: made if it does not exist.
             labels: embeddings of the words that it was trained on, and of any others worth keeping.
-            card: where the weights come from: llm, llm_weights, template, taxonomy, digest and kind of the data.
+            card: origin of the weights: llm, llm_weights, template, taxonomy, digest and kind of the data.
         """
         if labels.vectors.shape[1] != self.config.hidden_size:
             raise DataError(

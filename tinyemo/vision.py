@@ -59,7 +59,7 @@ class VisionEncoder:
 
     Args:
         spec: description of the encoder.
-        network: of the kind that `spec` names; it is changed in place where that makes inference faster.
+        network: network of the kind that `spec` names; changed in place where that makes inference faster.
         device: device that encodes.
         batch_size: images per forward pass; None measures which number is fastest on the device, once there are many.
     """

@@ -55,7 +55,7 @@ class Asset:
     files: tuple[str, ...]
     """Files that it holds at least; a source may bring more, and each is checked by its sha256."""
     sources: tuple[Source, ...]
-    """In the order in which they are tried."""
+    """Sources in the order in which they are tried."""
     encoder: EncoderInfo | None = None
     """Network that made the features of the asset; None for other assets."""
 

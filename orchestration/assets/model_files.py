@@ -31,7 +31,7 @@ def fetch_from_hub(name: str, revision: str, patterns: Sequence[str]) -> Path:
     Args:
         name: owner/name of the repository.
         revision: its commit, 40 hexadecimal digits.
-        patterns: which files are fetched, for instance `*.json`.
+        patterns: patterns of the files to fetch, for instance `*.json`.
 
     Raises:
         AssetError: neither the hub nor its cache holds them.

@@ -106,6 +106,6 @@ def fetch_llm(recipe: Recipe) -> Path:
 
 
 def tokenizer_source(name: str) -> Path:
-    """The file or folder of `records.tokenizer`."""
+    """Return the file or folder of `records.tokenizer`."""
     path = Path(name)
     return path if path.exists() else get_asset(name) / find_asset(name).files[0]

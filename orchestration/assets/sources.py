@@ -36,9 +36,9 @@ from tinyemo.local_files import sha256_of_file
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 60.0
-"""To find out whether a source answers at all."""
+"""Longest wait for the first answer of a source."""
 FETCH_TIMEOUT_S = 900.0
-"""For everything that a source sends."""
+"""Longest wait for everything that a source sends."""
 
 EMOTION6_URL = "https://github.com/ggcr/TinyEmo.git"
 EMOTION6_COMMIT = "1436d40fd4948b3999e3a45b22751ec6d3eeb722"

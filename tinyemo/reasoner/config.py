@@ -31,9 +31,9 @@ class ReasonerConfig(PreTrainedConfig):
     }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
-    """Of the language model."""
+    """Configuration of the language model."""
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    """Of transformers' vision tower; None for EfficientNet-Lite0, which has none."""
+    """Configuration of transformers' vision tower; None for EfficientNet-Lite0, which has none."""
     vision: dict[str, Any] | None = None
     """An EncoderSpec: kind, preprocessing, patch grid and width, name and revision."""
     connector: str = "mlp2x_gelu"

@@ -30,7 +30,7 @@ class Work:
 
     Attributes:
         tokens: image tokens included, padding not.
-        answer_tokens: of those, what is learned.
+        answer_tokens: number of tokens that are learned.
         images: number of them.
         context: sum over records of T squared.
     """
@@ -78,7 +78,7 @@ class FlopModel:
         head: its output matrix.
         connector: matrices of the connector.
         attention_width: sum over layers of heads x head width.
-        attention_width_crossed: of that, in layers that gradients cross.
+        attention_width_crossed: the part of it in layers that gradients cross.
         patches: P.
         tower: FLOPs of one image.
     """

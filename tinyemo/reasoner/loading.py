@@ -49,11 +49,11 @@ def build_reasoner(
         vision_source: `random:<vision preset>` or an encoder's folder.
         connector: identity, linear or mlp2x_gelu.
         template: chat template, kept in the configuration.
-        dtype: of every parameter.
-        seed: of everything random.
-        llm_name: the language model's public name; None takes its folder's.
-        vision_name: the encoder's; None takes its folder's.
-        vision_revision: of the encoder's weights; None takes their digest.
+        dtype: type of every parameter.
+        seed: seed of the connector and of random weights.
+        llm_name: public name of the language model; None takes the name of its folder.
+        vision_name: public name of the encoder; None takes the name of its folder.
+        vision_revision: revision of the encoder's weights; None takes their digest.
 
     Raises:
         ConfigError: no such preset, or parts that do not fit each other.

@@ -243,7 +243,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, H) float in place of `input_ids` and `pixel_values`.
             labels: (B, T) int64, IGNORED where nothing is learned. The vocabulary is projected onto at answers alone.
             use_cache: None is no: a cache would also hide the boundaries of packed records.
-            logits_to_keep: as transformers has it; without labels only.
+            logits_to_keep: see transformers; used without labels only.
             num_items_in_batch: divides `loss_sum` in place of the number of answer tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):

@@ -55,9 +55,9 @@ class OpenELMConfig(PreTrainedConfig):
     num_gqa_groups: int = 4
     """Query heads to one key/value head."""
     qkv_multipliers: list[float] | None = None
-    """Of the attention width against H: first and last layer; None is 0.5 and 1.0."""
+    """Attention width as a multiple of H, in the first and last layer; None is 0.5 and 1.0."""
     ffn_multipliers: list[float] | None = None
-    """Of the FFN width against H: one a layer, or first and last; None is 0.5 and 4.0."""
+    """FFN width as a multiple of H, one for each layer or first and last; None is 0.5 and 4.0."""
     ffn_dim_divisor: int = 256
     num_query_heads: list[int] | None = None
     """A of each layer; None is scaled."""

@@ -105,10 +105,10 @@ def preset_config(
     """Return the configuration of a family member's reasoning model at its true size, tagged as random.
 
     Args:
-        name: of the member.
-        vision: preset of the tower.
-        connector: its kind.
-        fields: further ones of ReasonerConfig.
+        name: name of the member.
+        vision: preset of the vision tower.
+        connector: kind of connector.
+        fields: other fields of ReasonerConfig.
     """
     spec, vision_config = vision_preset(vision)
     return ReasonerConfig(

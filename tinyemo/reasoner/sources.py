@@ -7,7 +7,7 @@ from pathlib import Path
 from tinyemo.errors import DataError
 
 RANDOM = "random:"
-"""What a source of random weights begins with; a preset's name follows."""
+"""Prefix of a source of random weights; the name of a preset follows."""
 GGUF_SUFFIX = ".gguf"
 
 Source = Path | str

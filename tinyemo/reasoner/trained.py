@@ -34,12 +34,12 @@ def select_trained(
 
     Args:
         model: changed in place.
-        trains: beside the connector.
-        num_layers: that `last_layers` trains, counted from the output; the last norm and the output layer stay.
-        rank: of an adapter: > 0.
+        trains: what is trained beside the connector.
+        num_layers: number of layers that `last_layers` trains, counted from the output, without last norm and output.
+        rank: rank of an adapter, > 0.
         alpha: an adapter counts alpha / rank times.
-        dropout: of an adapter's input, in [0, 1).
-        seed: of the adapters' weights.
+        dropout: dropout on an adapter's input, in [0, 1).
+        seed: seed of the adapters' weights.
 
     Raises:
         ConfigError: unknown `trains`, more layers than there are, or adapters that are in already.
@@ -115,7 +115,7 @@ def parameter_groups(
 
     Args:
         model: after `select_trained`.
-        learning_rate: of the language model.
+        learning_rate: learning rate of the language model.
         connector_learning_rate: None is `learning_rate`.
 
     Raises:
