@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from orchestration.jobs.checkpoints import read_curve
 from orchestration.jobs.job import train
-from orchestration.jobs.lease import finish_family, hold_lease, is_finished_family, run_folder
+from orchestration.jobs.lease import hold_lease, read_claim, run_folder
 from orchestration.jobs.results import ReasonerResult, Result, TrainResult, notes
 from orchestration.plots import SizeRow, plot_sizes
 from orchestration.recipe import Recipe, parse_size, recipes_of_sizes, to_toml
 from orchestration.report.promotion import promote_first
-from orchestration.services import tracking
+from orchestration.services import storage, tracking
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 
@@ -47,7 +47,7 @@ def train_family(recipe: Recipe, *, progress: Progress | None = None) -> list[Re
         raise ConfigError("data.validation_fraction: a family needs validation rows to choose its champion by")
     children = recipes_of_sizes(recipe, recipe_for_size)
     folder = run_folder(recipe)
-    if is_finished_family(f"{folder}/family.json", recipe):
+    if read_claim(folder, recipe, {}) is not None and storage.exists(f"{folder}/family.json"):
         return [train(child) for child in children]  # Each returns its stored result.
     tracking.require_server()
     from orchestration.services.ray_cluster import connect
@@ -70,8 +70,7 @@ def train_family(recipe: Recipe, *, progress: Progress | None = None) -> list[Re
             facts = _compare_sizes(run, recipe, children, cast("list[ReasonerResult]", results))
         else:
             facts = _register_champion(run, recipe, cast("list[TrainResult]", results))
-        lease.check()
-        finish_family(f"{folder}/family.json", recipe, facts)
+        lease.write_json(f"{folder}/family.json", {"recipe": recipe.model_dump(mode="json"), **facts})
     return results
 
 

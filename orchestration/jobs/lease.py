@@ -364,25 +364,3 @@ def _validated(content: dict[str, Any]) -> Recipe | None:
         return Recipe.model_validate(content)
     except ValidationError:
         return None
-
-
-def is_finished_family(uri: str, recipe: Recipe) -> bool:
-    """Return True if a family of this recipe has written its last file.
-
-    Raises:
-        TrainingError: a family of another recipe has.
-    """
-    if not storage.exists(uri):
-        return False
-    earlier = _validated(storage.read_json(uri).get("recipe", {}))
-    if earlier is None or earlier.digest() != recipe.digest():
-        raise TrainingError(
-            f"a family named {recipe.name} exists with another recipe: choose another name with --set name=..."
-        )
-    return True
-
-
-def finish_family(uri: str, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Write a family's last file: its recipe, whose stages keep their order, and the facts about its result."""
-    content = {"recipe": recipe.model_dump(mode="json"), **facts}
-    storage.write_bytes(uri, json.dumps(content, indent=1).encode())

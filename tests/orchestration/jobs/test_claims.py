@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.jobs.lease import finish_family, is_finished_family, read_claim, write_claim
+from orchestration.jobs.lease import read_claim, write_claim
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.services import storage
 from tinyemo.errors import TrainingError
@@ -45,18 +45,6 @@ def test_data_more_or_less_are_other_data(data: dict[str, str], s3_root: str) ->
     write_claim(s3_root, recipe(), DATA, "run-1")
     with pytest.raises(TrainingError, match=r"another recipe \(data version of \S+ \w{4,12} -> \w{4,12}"):
         read_claim(s3_root, recipe(), data)
-
-
-def test_a_finished_family_is_one_of_its_recipe(s3_root: str) -> None:
-    uri = f"{s3_root}/family.json"
-    assert not is_finished_family(uri, recipe())
-    stages = {"pretrain": {}, "finetune": {"trains": "llm"}}
-    finish_family(uri, recipe(stages=stages), {"sizes": []})
-    assert is_finished_family(uri, recipe(stages=stages))
-    finish_family(uri, recipe(), {})
-    assert is_finished_family(uri, recipe())
-    with pytest.raises(TrainingError, match="a family named held exists with another recipe"):
-        is_finished_family(uri, recipe(train={"seed": 7}))
 
 
 def test_a_run_goes_on_under_a_version_that_knows_more_fields(s3_root: str) -> None:
