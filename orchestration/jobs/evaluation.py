@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import ray.train
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -58,8 +59,6 @@ class EvaluationState:
 
 def build(stage: Stage, device: torch.device) -> EvaluationState:
     """Return the exported model on the device; each node fetches it once."""
-    import ray.train
-
     local_rank = ray.train.get_context().get_local_rank()
     with fetched(stage.job.model, lambda name: local_rank == 0, local_rank=local_rank) as folder:
         model = Reasoner.from_pretrained(folder, dtype=compute_dtype(stage.recipe.engine))

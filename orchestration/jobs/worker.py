@@ -16,9 +16,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
+import ray.data
+import ray.train
 import torch
+from ray.train.torch import get_device
 
 from orchestration.data.stream import Waits
 from orchestration.jobs.checkpoints import PROGRESS, restored
@@ -26,9 +29,6 @@ from orchestration.recipe import Recipe
 from orchestration.services.engine import Engine, save_engine
 from orchestration.services.tracking import system_metrics
 from tinyemo.errors import TrainingError
-
-if TYPE_CHECKING:
-    import ray.data
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,6 @@ class Stage:
 
     def batches(self, name: str, start_step: int = 0) -> Iterator[Any]:
         """Return this rank's batches of a stream."""
-        import ray.train
-
         rank = ray.train.get_context().get_world_rank()
         shard = ray.train.get_dataset_shard(name)
         found: Iterator[Any] = self.streams[name].batches(shard, rank=rank, start_step=start_step)
@@ -131,9 +129,6 @@ class Stage:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Run one stage on this rank, and log the use of its node from the node's first rank."""
-    import ray.train
-    from ray.train.torch import get_device
-
     stage: Stage = config["stage"]
     context = ray.train.get_context()
     node = f"node{context.get_node_rank()}"
@@ -150,12 +145,13 @@ def run_steps(stage: Stage, device: torch.device) -> None:
     epoch_ends = stage.streams["train"].epoch_ends()
     batches = Waits(stage.batches("train", step))
     log = Log(stage, device, step)
+    every_steps = stage.recipe.checkpoint.every_steps
 
     for batch in batches:
         log.add(batch, task.take_step(state, batch, is_logged=log.is_due(batch.step + 1)))
         step = batch.step + 1
         is_epoch_end = step in epoch_ends
-        is_checkpoint = is_epoch_end or _divides(stage.recipe.checkpoint.every_steps, step)
+        is_checkpoint = is_epoch_end or (every_steps > 0 and step % every_steps == 0)
         if log.is_due(step) or is_checkpoint:
             elapsed_s = log.read(step)
             waits = {"train/wait_share": batches.take_share(), "train/first_batch_s": batches.first_s}
@@ -170,10 +166,6 @@ def run_steps(stage: Stage, device: torch.device) -> None:
     report(stage, state, log, step, is_final=True)
 
 
-def _divides(every_steps: int, step: int) -> bool:
-    return every_steps > 0 and step % every_steps == 0
-
-
 def set_up_process(stage: Stage, device: torch.device) -> None:
     """Let rank 0 speak, and on a CPU use as many threads as Ray set CPUs aside; more would fight with other ranks."""
     is_first = torch.distributed.get_rank() == 0
@@ -184,8 +176,6 @@ def set_up_process(stage: Stage, device: torch.device) -> None:
 
 def restore(stage: Stage, state: State) -> int:
     """Restore the state from the stage's checkpoint; return the steps done in it, 0 for a fresh start."""
-    import ray.train
-
     if stage.resume_from is None:
         return 0
     context = ray.train.get_context()
@@ -282,8 +272,6 @@ class Log:
 
 def report_figures(stage: Stage, log: Log, step: int) -> None:
     """Send figures without a checkpoint."""
-    import ray.train
-
     ray.train.report(_document(stage, step, log.take(is_saved=False)))
     log.restart()
 
@@ -293,8 +281,6 @@ def report(stage: Stage, state: State, log: Log, step: int, *, is_final: bool = 
 
     The final checkpoint holds the outcome of the stage in place of the engine.
     """
-    import ray.train
-
     task, figures = stage.functions(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
