@@ -62,7 +62,7 @@ class Stream:
         num_readers: Ray tasks that read at the same time.
         batches_ahead: batches that a rank collates ahead of the step.
         partners: for each record of all sets, one set after another, the record whose image stands in as another's;
-            None where no other images are needed. See `partners.with_partners`.
+            None where no other images are needed. See `jobs.evaluation.with_partners`.
     """
 
     sets: tuple[RecordSet, ...]

@@ -115,7 +115,7 @@ def measure_records(
 
     `image` is a digest of the record's pixels.
 
-    The stream says which other record's image stands in, see `orchestration.jobs.evaluation`.
+    The stream says which other record's image stands in, see `with_partners`.
     """
     device = next(model.parameters()).device
     inputs = Inputs(model.config.encoder_spec.preprocessing, device, model.config.image_token_id)
