@@ -25,64 +25,27 @@ class ModelSize:
     """The language model's public name."""
     hidden_size: int
     """Width of its input embeddings, which the projector maps into."""
-    encoder_width: int
-    """Width of the pooled image features."""
-    total_parameters: int
-    """Language model and CLIP, without the projector."""
+    llm_parameters: int
+    """Parameters of the language model."""
     published_average: float | None
     """Zero-shot top-1 average in the paper, percent; None where the paper has no such size."""
-    asset: str | None
+    asset: str | None = None
     """Asset of the catalogue that holds its real embedding table; None where only a local folder can."""
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of language model and CLIP, without the projector."""
+        return self.llm_parameters + CLIP_PARAMETERS
 
 
 FAMILY: dict[str, ModelSize] = {
     size.name: size
     for size in (
-        ModelSize(
-            "smollm2-135m",
-            "HuggingFaceTB/SmolLM2-135M-Instruct",
-            hidden_size=576,
-            encoder_width=768,
-            total_parameters=134_515_008 + CLIP_PARAMETERS,
-            published_average=None,
-            asset="smollm2-135m",
-        ),
-        ModelSize(
-            "tinyemo-700m",
-            "apple/OpenELM-270M-Instruct",
-            hidden_size=1280,
-            encoder_width=768,
-            total_parameters=271_527_168 + CLIP_PARAMETERS,
-            published_average=57.87,
-            asset=None,
-        ),
-        ModelSize(
-            "tinyemo-880m",
-            "apple/OpenELM-450M-Instruct",
-            hidden_size=1536,
-            encoder_width=768,
-            total_parameters=457_179_136 + CLIP_PARAMETERS,
-            published_average=55.24,
-            asset=None,
-        ),
-        ModelSize(
-            "tinyemo-1.5b",
-            "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-            hidden_size=2048,
-            encoder_width=768,
-            total_parameters=1_100_048_384 + CLIP_PARAMETERS,
-            published_average=56.13,
-            asset=None,
-        ),
-        ModelSize(
-            "tinyemo-3.2b",
-            "microsoft/phi-2",
-            hidden_size=2560,
-            encoder_width=768,
-            total_parameters=2_779_683_840 + CLIP_PARAMETERS,
-            published_average=56.28,
-            asset=None,
-        ),
+        ModelSize("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", 576, 134_515_008, None, "smollm2-135m"),
+        ModelSize("tinyemo-700m", "apple/OpenELM-270M-Instruct", 1280, 271_527_168, 57.87),
+        ModelSize("tinyemo-880m", "apple/OpenELM-450M-Instruct", 1536, 457_179_136, 55.24),
+        ModelSize("tinyemo-1.5b", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", 2048, 1_100_048_384, 56.13),
+        ModelSize("tinyemo-3.2b", "microsoft/phi-2", 2560, 2_779_683_840, 56.28),
     )
 }
 """By name, smallest first."""

@@ -231,17 +231,8 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
         self.attn_norm = OpenELMRMSNorm(config.model_dim, config.rms_norm_eps)
         self.ffn_norm = OpenELMRMSNorm(config.model_dim, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attended = self.attn(self.attn_norm(hidden), rotary, attention_mask, past_key_values, **kwargs)
-        hidden = hidden + attended
+    def forward(self, hidden: Tensor, **attention_options: Any) -> Tensor:
+        hidden = hidden + self.attn(self.attn_norm(hidden), **attention_options)
         outputs: Tensor = hidden + self.ffn(self.ffn_norm(hidden))
         return outputs
 
