@@ -112,10 +112,13 @@ class LocalTeacher:
         """Return for each item the text, whether it ended by itself, and its prompt's and its own tokens."""
         import torch
 
-        prompts = [
-            self.processor.apply_chat_template(self._turns(item), tokenize=False, add_generation_prompt=True)
-            for item in items
-        ]
+        try:
+            prompts = [
+                self.processor.apply_chat_template(self._turns(item), tokenize=False, add_generation_prompt=True)
+                for item in items
+            ]
+        except ValueError as error:
+            raise DataError(f"teachers.{self.name}: {str(error).splitlines()[0]}") from error
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
         if self.teacher.sees_image:
             options["images"] = self._images(items)

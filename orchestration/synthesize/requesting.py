@@ -400,7 +400,7 @@ class Endpoint:
         """Return True where the endpoint answers anything at all."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self.client.get("/models", cast_to=httpx2.Response)
+                await self.client.get("/", cast_to=httpx2.Response)  # `transformers serve` lists models for seconds
         except openai.APIStatusError:
             return True
         except (openai.APIError, TimeoutError):

@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,7 @@ from orchestration.synthesize.work_items import WorkItem
 from tinyemo.local_files import sha256_of_file
 
 NUM_SHOWN = 24
+IMAGES_AT_ONCE = 128
 TEXT_HEIGHT = 90
 SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 Progress = Callable[..., None]
@@ -314,11 +316,17 @@ def _store_images(photographs: PhotographSet, digests: Sequence[str], uri: str, 
     """Store each image under its sha256 once; return digest -> file name."""
     names = {Path(address).stem: Path(address).name for address in storage.list_prefix(uri)}
     missing = [digest for digest in digests if digest not in names]
-    for number, (digest, data) in enumerate(photographs.read(missing), start=1):
+
+    def put(found: tuple[str, bytes]) -> tuple[str, str]:
+        digest, data = found
         suffix = next((suffix for magic, suffix in SUFFIXES.items() if data.startswith(magic)), ".bin")
         storage.write_bytes(f"{uri}/{digest}{suffix}", data)
-        names[digest] = f"{digest}{suffix}"
-        progress("images", number, len(missing))
+        return digest, f"{digest}{suffix}"
+
+    with ThreadPoolExecutor(storage.TRANSFER_THREADS) as pool:
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            names |= dict(pool.map(put, photographs.read(missing[start : start + IMAGES_AT_ONCE])))
+            progress("images", min(start + IMAGES_AT_ONCE, len(missing)), len(missing))
     return names
 
 
