@@ -6,7 +6,7 @@ a bare Figure draws with Agg and leaves pyplot's global state alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -61,6 +61,35 @@ def plot_confusion(confusion: ArrayLike, words: Sequence[str], path: Path, title
         text = str(counts[true, predicted])
         axes.text(predicted, true, text, ha="center", va="center", color=colour, fontsize=size)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    _write(figure, path, title)
+
+
+def plot_reliability(bins: Sequence[Mapping[str, Any]], error: float, path: Path, title: str) -> None:
+    """Write a reliability plot: accuracy against confidence, and how many images have which confidence.
+
+    Args:
+        bins: with low, high, count, confidence and accuracy; the last two are None where count is 0.
+        error: expected calibration error, in [0, 1].
+        path: of the PNG.
+        title: says which data and weights the figure shows.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    filled = [row for row in bins if row["count"]]
+    lows, widths = [row["low"] for row in filled], [row["high"] - row["low"] for row in filled]
+    above.bar(lows, [row["accuracy"] for row in filled], widths, align="edge", edgecolor="white", label="accuracy")
+    means = [row["confidence"] for row in filled]
+    above.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
+    above.plot(means, [row["accuracy"] for row in filled], "o", color="C1", markersize=4, label="mean confidence")
+    above.set_ylabel(f"accuracy (calibration error {error:.3f})")
+    above.set_ylim(0, 1)
+    above.legend(frameon=False, loc="upper left")
+    below.bar(lows, [row["count"] for row in filled], widths, align="edge", edgecolor="white", color="grey")
+    below.set_xlabel("confidence")
+    below.set_ylabel("images")
+    below.set_xlim(0, 1)
     _write(figure, path, title)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import typer
 from cluster.environment import load_platform_environment
 from orchestration.cli.options import DatasetNameOption, ForceOption, JsonOption, RootOption, default_root
 from orchestration.cli.progress import progress
+from tinyemo.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestration.data.features import FeaturesReport
@@ -95,6 +97,13 @@ def images_command(
             "Without it, the folder of an image names its label.",
         ),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Released layout of --images, in place of --labels: emotion6, emotionroi, emoset, webemo, fi, "
+            "artphoto, abstract or unbiasedemo."
+        ),
+    ] = None,
     name: DatasetNameOption = "images",
     taxonomy: Annotated[
         str | None,
@@ -114,10 +123,18 @@ def images_command(
     Example: tinyemo ingest images --labels labels.csv --images photos --taxonomy mikels --name fi
     """
     from orchestration.data.ingest import ingest_images
+    from orchestration.data.layouts import find_layout, write_labels
 
-    given = [f"taxonomy={json.dumps(taxonomy)}"] if taxonomy else []
+    released = None if layout is None else find_layout(layout)
+    if released is not None and (labels or images.startswith("s3://")):
+        raise ConfigError("--layout goes with a local folder as --images, and in place of --labels")
+    chosen = taxonomy or (released.taxonomy if released else None)
+    given = [f"taxonomy={json.dumps(chosen)}"] if chosen else []
     options = _record_options(rules, [*given, *(overrides or [])], rows_per_group, shard_bytes)
-    with progress() as advance:
+    with progress() as advance, tempfile.TemporaryDirectory(prefix="tinyemo-labels-") as scratch:
+        if released is not None:
+            labels = f"{scratch}/labels.csv"
+            write_labels(released, Path(images), Path(labels))
         report = ingest_images(
             labels,
             images,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli.options import JsonOption
+from orchestration.cli.options import JsonOption, SetOption
 from orchestration.cli.progress import progress
 from tinyemo.errors import ConfigError, DataError
 
@@ -34,13 +34,6 @@ ProjectorOption = Annotated[
     str,
     typer.Option(
         help="Folder, s3://..., models:/NAME@champion, runs:/RUN/projector, or the name of a run.", show_default=False
-    ),
-]
-FeaturesOption = Annotated[
-    str,
-    typer.Option(
-        help="Parquet file with columns id, features and, to evaluate, emotion or label; or a feature data set, s3://...",
-        show_default=False,
     ),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a data set in S3.  [default: test]")]
@@ -70,18 +63,48 @@ LeaveOutOption = Annotated[
 
 
 def evaluate(
-    projector: ProjectorOption,
-    features: FeaturesOption,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="TOML file or shipped evaluation; without it: --projector, --features."
+        ),
+    ] = None,
+    projector: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder, s3://..., models:/NAME@champion, runs:/RUN/projector, or the name of a run; of a recipe, "
+            "in place of its models."
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet file with columns id, features and emotion or label; or a feature data set, s3://..."
+        ),
+    ] = None,
     split: SplitOption = None,
     taxonomy: TaxonomyOption = None,
     words: WordsOption = None,
     leave_out: LeaveOutOption = None,
+    overrides: SetOption = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for a recipe's files.  [default: below the model's run in S3]")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print accuracy, recalls and confusion of a projector on labelled features.
+    """Measure projectors: by a recipe with intervals, comparisons and leakage; or one on one file, without a platform.
 
-    Example: tinyemo evaluate --projector ./projector --features test.parquet --json
+    Example: tinyemo evaluate evaluate-measured --projector projector-fi
     """
+    if recipe is not None:
+        if features or split or taxonomy or words or leave_out:
+            raise ConfigError("a recipe names its data and labels: leave out --features, --split, --taxonomy, --words")
+        from orchestration.cli.evaluate import evaluate_recipe
+
+        evaluate_recipe(recipe, overrides, projector, output, as_json)
+        return
+    if projector is None or features is None or overrides or output:
+        raise ConfigError("give a RECIPE, or --projector and --features without --set and --output")
     from orchestration.use.predict import choose_words
     from tinyemo.classification import evaluate_left_out, evaluate_projector
 

@@ -194,7 +194,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-OTHER_COMMANDS = ("synthesize",)
+OTHER_COMMANDS = ("synthesize", "evaluate")
 """Commands whose recipes have sections of their own; such a file's name starts with the command and a dash."""
 
 

@@ -245,6 +245,17 @@ class RunHandle:
         """Log the metrics of one step."""
         self.logger.log_curve([(step, metrics)])
 
+    def log_metrics_of(self, metrics: Mapping[str, float], dataset: tuple[str, str]) -> None:
+        """Log metrics that belong to one version of a data set: its name and digest, as given to `log_dataset`."""
+        name, digest = dataset[0], dataset[1][:DIGEST_CHARACTERS]
+        with _client("log metrics") as client:
+            from mlflow.entities import Metric
+
+            place, now_ms = {"dataset_name": name, "dataset_digest": digest}, int(time.time() * 1000)
+            entries = [Metric(key, float(value), now_ms, 0, **place) for key, value in metrics.items()]
+            for first in range(0, len(entries), METRICS_PER_REQUEST):
+                client.log_batch(self.run_id, metrics=entries[first : first + METRICS_PER_REQUEST])
+
     def log_dataset(self, name: str, digest: str, uri: str, num_rows: int, context: str) -> None:
         """Name a data set that the run reads.
 

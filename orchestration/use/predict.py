@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 
-from orchestration.assets.catalogue import open_embedding_table
+from orchestration.assets.labels import table_of
 from orchestration.assets.model_files import COMMIT, EncoderChoice, choose_encoder, describe_choice, open_choice
 from orchestration.use.bulk import Job, Row
 from orchestration.use.locations import read_image
 from tinyemo.classification import predict_labels
 from tinyemo.encoders import UNKNOWN, EncoderSpec, encoder_of_card, find_conflict
 from tinyemo.errors import ConfigError, DataError
-from tinyemo.families import FAMILY
 from tinyemo.features import FeatureTable
 from tinyemo.images import read_pixels
 from tinyemo.label_embeddings import embed_labels
@@ -58,21 +57,8 @@ def choose_words(model: MetricProjector, taxonomy: str | None, words: str | None
     assert model.labels is not None
     missing = model.labels.missing(chosen)
     if missing:
-        _embed_words(model, missing)
+        model.labels = model.labels.extended(embed_labels(table_of(model), missing, model.labels.template))
     return chosen
-
-
-def _embed_words(model: MetricProjector, words: Sequence[str]) -> None:
-    labels = model.labels
-    assert labels is not None
-    names = (model.card.get("llm"), labels.llm)
-    size = next((size for size in FAMILY.values() if size.name in names or size.llm in names), None)
-    if size is None:
-        raise DataError(
-            f"no embedding for {', '.join(words)}, and {labels.llm!r} is not in the family: leave these words out"
-        )
-    table = open_embedding_table(size.name, labels.llm_weights, int(model.card.get("llm_seed", 0)))
-    model.labels = labels.extended(embed_labels(table, words, labels.template))
 
 
 def choose_own_encoder(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.evaluate.evaluation_recipe import load_evaluation
 from orchestration.recipe import Recipe, command_of, load_recipe, parse_recipe, to_toml
 from orchestration.synthesize.synthesis_recipe import load_synthesis
 from tinyemo.config import Section
@@ -17,7 +18,7 @@ TRAINING = [path for path in SHIPPED if command_of(path.stem) == "train"]
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_by_name_and_has_it(path: Path) -> None:
-    loaders = {"synthesize": load_synthesis}
+    loaders = {"synthesize": load_synthesis, "evaluate": load_evaluation}
     load = loaders.get(command_of(path.stem), load_recipe)
     assert load(path.stem).name == path.stem
 

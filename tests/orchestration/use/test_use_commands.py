@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from small_projectors import EKMAN, save_features, save_projector
 from typer.testing import CliRunner
 
 from orchestration.cli import app
@@ -48,7 +47,6 @@ print("imported:", *heavy, file=sys.stderr)
 sys.exit(code)
 """
 TIMEOUT_S = 120.0  # a hang, not a timing
-EKMAN = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
 
 
 @dataclass(frozen=True)
@@ -81,44 +79,6 @@ def run(arguments: tuple[object, ...], environment: dict[str, str]) -> Outcome:
     *errors, imported = result.stderr.strip().splitlines()
     assert imported.startswith("imported:"), result.stderr
     return Outcome(result.returncode, result.stdout, errors, imported.split()[1:])
-
-
-def save_projector(folder: Path, **card: str | int | bool) -> Path:
-    """A projector that sends feature k to the k-th Ekman word's random embedding."""
-    table = random_table(find_size("smollm2-135m").hidden_size, 0, name=find_size("smollm2-135m").llm)
-    labels = embed_labels(table, known_words(), "word")
-    model = MetricProjector(ProjectorConfig(encoder_width=512, hidden_size=576)).eval()
-    first, last = model.layers[0], model.layers[4]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    for layer in (first, last):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    with torch.no_grad():
-        first.weight[range(6), range(6)] = 1
-        last.weight[:, :6] = labels.select(EKMAN).T
-    complete = {
-        "llm": "smollm2-135m",
-        "llm_weights": "random",
-        "llm_seed": 0,
-        "taxonomy": "ekman",
-        "data": "real",
-        **card,
-    }
-    model.save_pretrained(folder, labels=labels, card=complete)
-    return folder
-
-
-def save_features(path: Path, places: list[int], emotions: list[str] | None, width: int = 512) -> Path:
-    features = (10 * torch.eye(width)[places]).half().numpy()
-    columns: dict[str, Any] = {
-        "id": [f"image-{number}" for number in range(len(places))],
-        "features": pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), width),
-    }
-    if emotions is not None:
-        columns["emotion"] = emotions
-    pq.write_table(pa.table(columns), path)
-    return path
 
 
 @pytest.fixture(scope="module")
