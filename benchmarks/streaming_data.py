@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 COPIES = 48
+LARGE_PIXELS, LARGE_QUALITY = 900, 92
 BATCH = 64
 RECORDS_PER_FILE = 1024
 FEATURE_WIDTH = 512
@@ -34,37 +35,58 @@ def write_records(folder: Path, images: list[Path], num_records: int, prefix: st
     return path
 
 
-def ingest_oasis_copies() -> dict[str, Any]:
-    """The benchmark's records in S3 in all three forms; addresses of each."""
+def photographs(size: str, folder: Path) -> tuple[list[Path], int]:
+    """Return the photographs of a size, and how often each is entered: some hundred megabytes in all.
+
+    fi has about 10 kB a photograph, flickr8k about 18 kB; `large` is flickr8k scaled up, written to `folder`.
+    """
+    from PIL import Image
+
     from orchestration.assets.catalogue import get_asset
+
+    if size == "oasis":
+        return sorted((get_asset("oasis") / "images").glob("*.jpg")), COPIES
+    data = Path(os.environ["TINYEMO_MIRROR"])
+    if size == "fi":
+        return sorted((data / "fi" / "images").rglob("*.jpg")), 4
+    images = sorted((data / "flickr8k" / "images").rglob("*.jpg"))
+    if size == "flickr8k":
+        return images, 4
+    folder.mkdir()
+    for path in images:
+        with Image.open(path) as image:
+            scale = LARGE_PIXELS / max(image.size)
+            large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+            large.save(folder / path.name, quality=LARGE_QUALITY)
+    return sorted(folder.glob("*.jpg")), 1
+
+
+def ingest_photographs(size: str) -> dict[str, Any]:
+    """Put the photographs of a size into S3 in all three forms and return where they are."""
     from orchestration.data.ingest import ingest_instruct
     from orchestration.services import storage
 
-    images = sorted((get_asset("oasis") / "images").glob("*.jpg"))
     root = f"s3://{os.environ['TINYEMO_BUCKET']}"
     with tempfile.TemporaryDirectory() as name:
-        records = write_records(Path(name), images, COPIES * len(images))
-        report = ingest_instruct(
-            records, images[0].parent, name="bench-oasis", root=f"{root}/datasets", split="train"
-        )  # fmt: skip
-    manifest = report.manifest
-    data = [images[number % len(images)].read_bytes() for number in range(COPIES * len(images))]
-    parts = [data[start : start + RECORDS_PER_FILE] for start in range(0, len(data), RECORDS_PER_FILE)]
+        images, copies = photographs(size, Path(name) / "images")
+        records = write_records(Path(name), images, copies * len(images))
+        manifest = ingest_instruct(
+            records, images[0].parent, name=f"bench-{size}", root=f"{root}/datasets", split="train"
+        ).manifest
+        data = [images[number % len(images)].read_bytes() for number in range(copies * len(images))]
     tars = []
-    for number, part in enumerate(parts):
-        uri = f"{root}/bench/tar/{number:05d}.tar"
-        storage.write_bytes(uri, as_tar(part, number))
-        bucket, key = storage.parse_s3_uri(uri)
-        params = {"Bucket": bucket, "Key": key}
-        tars.append(storage.client().generate_presigned_url("get_object", Params=params, ExpiresIn=7200))
+    for number, start in enumerate(range(0, len(data), RECORDS_PER_FILE)):
+        tars.append(f"{root}/bench/{size}/tar/{number:05d}.tar")
+        storage.write_bytes(tars[-1], as_tar(data[start : start + RECORDS_PER_FILE], number))
     return {
         "dataset": manifest.uri,
         "shards": manifest.shard_uris("train"),
         "tars": tars,
-        "mds": write_mds(data, f"{root}/bench/mds"),
+        "mds": write_mds(data, f"{root}/bench/{size}/mds"),
         "batch": BATCH,
         "num_records": len(data),
-        "num_bytes": sum(map(len, data)),
+        "num_image_bytes": sum(map(len, data)),
+        "num_dataset_bytes": sum(shard.num_bytes for shard in manifest.shards),
     }
 
 

@@ -18,8 +18,8 @@ import psutil
 from benchmarks.streaming_data import (
     FEATURE_WIDTH,
     ONCE_PREFIX,
-    ingest_oasis_copies,
     ingest_oasis_once,
+    ingest_photographs,
     write_feature_rows,
     write_small_images,
 )
@@ -39,7 +39,7 @@ def measure_resume() -> dict[str, Any]:
     from orchestration.recipe import load_recipe
     from orchestration.services import storage
 
-    settings = ingest_oasis_copies()
+    settings = ingest_photographs("oasis")
     state = load_state(resolve_folder(None))
     assert state is not None
     rng, name = random.Random(0), f"bench-resume-{int(time.time())}"
@@ -99,7 +99,7 @@ def measure_mix() -> dict[str, Any]:
     from orchestration.jobs.reading import prepare_records, read_stream
     from orchestration.recipe import load_recipe
 
-    abundant, small = ingest_oasis_copies()["dataset"], ingest_oasis_once()
+    abundant, small = ingest_photographs("oasis")["dataset"], ingest_oasis_once()
     weights = (3.0, 1.0)
     recipe = load_recipe(
         "emotion6",
