@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt, ValidationError
 
 from tinyemo.config import Section
-from tinyemo.errors import DataError
+from tinyemo.errors import ConfigError, DataError
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
 """The encoder whose real weights come without a hub, from an ordinary package."""
@@ -133,3 +133,19 @@ def find_conflict(trained_on: EncoderInfo | None, given: EncoderInfo | None) -> 
         if ours != theirs and UNKNOWN not in (ours, theirs):
             return f"{field} {theirs} is not {ours}"
     return None
+
+
+def count_image_tokens(encoder: EncoderSpec, image_grid: int | None) -> int:
+    """Return the number of tokens of one image: a token for each patch, or for each cell of the averaged grid.
+
+    Raises:
+        ConfigError: the grid is finer than the encoder's patches.
+    """
+    rows, columns = encoder.patch_grid
+    if image_grid is None:
+        return rows * columns
+    if not 0 < image_grid <= min(rows, columns):
+        raise ConfigError(
+            f"image_grid is {image_grid}: the encoder has {rows} x {columns} patches, choose 1 to {min(rows, columns)}"
+        )
+    return image_grid**2

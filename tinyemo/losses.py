@@ -98,6 +98,30 @@ def prototype(
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
+def alignment(image_embeds: Tensor, text_embeds: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """Pull each image's mean token to the mean token of its own text, by contrast and by distance; not from the paper.
+
+    Both sides are centred by the mean text of the batch, which holds what all texts share. The contrast is InfoNCE from
+    images to texts and back; the distance is the mean squared error in units of the variance of the texts, and gives
+    image tokens the scale of word embeddings.
+
+    Args:
+        image_embeds: (B, D) float, not normalised.
+        text_embeds: (B, D) float, not normalised; row i is the text of image i.
+        temperature: > 0.
+
+    Returns:
+        () float32, nats plus a ratio, mean over B.
+    """
+    texts = at_least_float32(text_embeds)
+    images, texts = at_least_float32(image_embeds) - texts.mean(0), texts - texts.mean(0)
+    own = torch.arange(len(texts), device=texts.device)
+    near_images, near_texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    contrast = info_nce(near_images, near_texts, own, temperature=temperature)
+    contrast = (contrast + info_nce(near_texts, near_images, own, temperature=temperature)) / 2
+    return contrast + F.mse_loss(images, texts) / texts.var().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def compute_loss(
     config: LossConfig,
     image_embeds: Tensor,

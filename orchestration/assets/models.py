@@ -9,7 +9,7 @@ from orchestration.assets.catalogue import CATALOGUE, find_asset, get_asset
 from orchestration.assets.model_files import choose_encoder, describe_choice, fetch_from_hub, fetch_from_s3
 from orchestration.recipe import Recipe
 from tinyemo.encoder_folders import WEIGHTS_MARK
-from tinyemo.encoders import EncoderSpec
+from tinyemo.encoders import EncoderSpec, count_image_tokens
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
 from tinyemo.local_files import read_config, revision_of_files, sha256_of_file
@@ -36,12 +36,12 @@ class Sources:
     llm_weights: str
     encoder: EncoderSpec
     vocabulary: int | None
+    image_grid: int | None = None
 
     @property
     def image_tokens(self) -> int:
         """Placeholders for one image."""
-        rows, columns = self.encoder.patch_grid
-        return rows * columns
+        return count_image_tokens(self.encoder, self.image_grid)
 
 
 def describe_sources(recipe: Recipe) -> Sources:
@@ -63,14 +63,14 @@ def describe_sources(recipe: Recipe) -> Sources:
         from tinyemo.reasoner.presets import text_preset
 
         vocabulary = text_preset(preset_name(source.llm)).vocab_size
-        return Sources(public_name(source.llm), "random", "random", encoder, vocabulary)
+        return Sources(public_name(source.llm), "random", "random", encoder, vocabulary, source.image_grid)
     path = fetch_llm(recipe)
     config = read_config(path, "language model") if find_gguf(path) is None else {}
     weights = "random" if config.get(WEIGHTS_MARK) == "random" else "real"
     revision = source.llm_revision
     if revision is None:
         revision = f"sha256-{sha256_of_file(path)}" if path.is_file() else revision_of_files(path, HASHED_FILES)
-    return Sources(public_name(source.llm), revision, weights, encoder, config.get("vocab_size"))
+    return Sources(public_name(source.llm), revision, weights, encoder, config.get("vocab_size"), source.image_grid)
 
 
 def public_name(source: str) -> str:

@@ -24,7 +24,7 @@ from orchestration.jobs.stage_weights import (
     build_on_first_rank,
     give_freed_memory_back,
 )
-from orchestration.jobs.steps import Inputs, Meter, mean_loss, train_micro_batches
+from orchestration.jobs.steps import Inputs, Meter, align_micro_batch, mean_loss, train_micro_batches
 from orchestration.jobs.worker import Point, Stage
 from orchestration.recipe import Recipe
 from orchestration.recipe.sections import StageConfig
@@ -117,6 +117,10 @@ def start_stage(model: Reasoner, recipe: Recipe, stage: StageConfig, *, num_step
 def take_step(state: ReasonerState, batch: Any, *, is_logged: bool) -> Point:
     """Take one optimizer step; see `train_micro_batches`."""
     parts = state.inputs.micro_batches(batch, state.stage.micro_batch_size)
+    if state.stage.objective == "align":
+        point, counts = align_micro_batch(state.engine, parts[0], batch.step)
+        state.meter.add(counts)
+        return point
     # Adam's moments exist from the second step on.
     point, counts = train_micro_batches(
         state.engine, parts, batch.step, state.seed, counts_memory=batch.step == 1, measures_norm=is_logged

@@ -10,7 +10,7 @@ from orchestration.data.sets import open_record_set
 from orchestration.data.stream import NO_DATASET, Stream, plan_records
 from orchestration.recipe import Recipe
 from orchestration.recipe.sections import StageConfig
-from tinyemo.encoders import EncoderSpec
+from tinyemo.encoders import EncoderSpec, count_image_tokens
 from tinyemo.errors import ConfigError, DataError
 from tinyemo.tokenizer_files import open_tokenizer
 
@@ -131,6 +131,6 @@ def _plan_stage(recipe: Recipe, name: str, stage: StageConfig, encoder: EncoderS
         num_epochs=stage.num_epochs,
         world_size=recipe.workers.num_workers,
         preprocessing=encoder.preprocessing,
-        image_tokens=encoder.patch_grid[0] * encoder.patch_grid[1],
+        image_tokens=count_image_tokens(encoder, recipe.reasoner.image_grid),
     )
     return replace(plan, plan=replace(plan.plan, max_steps=stage.num_steps or max(1, plan.num_steps)))

@@ -50,6 +50,7 @@ def build_start(recipe: Recipe) -> Reasoner:
         source.llm if is_random(source.llm) else fetch_llm(recipe),
         vision,
         connector=source.connector,
+        image_grid=source.image_grid,
         template=recipe.records.template,
         seed=recipe.train.seed,
         llm_name=public_name(source.llm),

@@ -16,8 +16,10 @@ from orchestration.data.batch import Batch
 from orchestration.jobs.worker import Point, require_finite
 from orchestration.services.engine import Engine, accumulate, gradient_norm, norm_before_step, state_bytes
 from tinyemo.conversation import IGNORED
+from tinyemo.distributed import gather_rows
 from tinyemo.encoders import Preprocessing
 from tinyemo.errors import TrainingError
+from tinyemo.losses import alignment
 from tinyemo.packing import micro_batches, pack
 from tinyemo.reasoner.flops import FlopModel, Work
 from tinyemo.vision import normalise
@@ -51,6 +53,17 @@ class MicroBatch:
             pixel_values=self.pixel_values,
         ).token_nats
         return nats
+
+    def pairs(self, engine: Engine) -> tuple[Tensor, Tensor]:
+        """Return the mean token of each record's image and of its answer, (B, H) float twice."""
+        found: tuple[Tensor, Tensor] = engine(
+            input_ids=self.input_ids,
+            labels=self.labels,
+            position_ids=self.position_ids,
+            pixel_values=self.pixel_values,
+            returns_pairs=True,
+        ).pairs
+        return found
 
 
 class Inputs:
@@ -168,6 +181,25 @@ def train_micro_batches(
         if point["train/gradient_norm"] is None:
             del point["train/gradient_norm"]
     return point | {"train/answer_tokens": counts[1], "train/tokens": counts[0]}, counts
+
+
+def align_micro_batch(engine: Engine, part: MicroBatch, step: int) -> tuple[Point, Tensor]:
+    """Take one optimizer step that aligns images with answers over all ranks; return its figures and counts.
+
+    No language model runs, so the counts of tokens are zero.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    images, texts = part.pairs(engine)
+    loss = alignment(gather_rows(images), gather_rows(texts))
+
+    def before_step() -> None:
+        require_finite(float(loss.detach()), step, part.ids, "Lower the stage's learning_rate")
+
+    accumulate(engine, loss, is_last=True, before_step=before_step)
+    counts = summed([0.0, 0.0, float(part.work.images), 0.0], part.input_ids.device)
+    return {"train/loss": loss.detach(), "train/learning_rate": max(engine.get_lr())}, counts
 
 
 @torch.no_grad()

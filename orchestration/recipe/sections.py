@@ -118,6 +118,9 @@ class ReasonerSource(Section):
     """Commit of a hub repository, 40 hexadecimal digits."""
     connector: Literal["identity", "linear", "mlp2x_gelu"] = "mlp2x_gelu"
     """Module that maps patch features to the language model's input embeddings."""
+    image_grid: PositiveInt | None = None
+    """Side of the square grid that patches are averaged to before the connector, so that an image takes image_grid
+    squared tokens; not set keeps every patch."""
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which the finished model is stored."""
 
@@ -139,6 +142,10 @@ class StageConfig(Section):
     trains: Trains = "connector"
     """Parameters trained beside the connector, which every stage trains: none (connector), the whole language model
     (llm), adapters on it (lora), or its last layers (last_layers)."""
+    objective: Literal["answers", "align"] = "answers"
+    """What the stage learns from: the next token of each answer (answers), or the mean embedding of each answer's
+    tokens, which the mean of its image's tokens should be near and far from those of other records (align). align
+    trains the connector without running the language model, so one step takes milliseconds."""
     num_layers: PositiveInt = 4
     """Number of last layers of the language model that `trains = "last_layers"` trains."""
     lora: LoraConfig = LoraConfig()
@@ -208,6 +215,14 @@ def stage_problems(stages: dict[str, StageConfig], source: ReasonerSource, world
             )
         if stage.trains == "connector" and not stage.images:
             found.append(f"stages.{name}.images: false leaves the connector, which this stage trains, without input")
+        if stage.objective == "align":
+            if stage.trains != "connector" or not stage.images:
+                found.append(f'stages.{name}.objective: align needs trains = "connector" and images = true')
+            if stage.global_batch_size != per_step:
+                found.append(
+                    f"stages.{name}.micro_batch_size: align compares all records of a step, so global_batch_size "
+                    f"{stage.global_batch_size} must be micro_batch_size x workers.num_workers, here {per_step}"
+                )
         if stage.trains == "connector" and source.connector == "identity":
             found.append(f"stages.{name}.trains: connector, but reasoner.connector identity has no parameters")
     for field, revision in (("llm", source.llm_revision), ("vision", source.vision_revision)):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from tinyemo.conversation import IMAGE_TOKEN_ID
-from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec
+from tinyemo.encoders import EFFICIENTNET_LITE0, EncoderSpec, count_image_tokens
 from tinyemo.errors import ConfigError
 
 # Importing it makes transformers know the model type.
@@ -38,6 +38,8 @@ class ReasonerConfig(PreTrainedConfig):
     """An EncoderSpec: kind, preprocessing, patch grid and width, name and revision."""
     connector: str = "mlp2x_gelu"
     """identity, linear or mlp2x_gelu."""
+    image_grid: int | None = None
+    """Side of the square grid that patches are averaged to before the connector; None keeps every patch."""
     image_token_id: int = IMAGE_TOKEN_ID
     """Stands in `input_ids` once for each patch of an image; outside of every vocabulary."""
     template: str = "plain"
@@ -71,6 +73,7 @@ class ReasonerConfig(PreTrainedConfig):
             raise ConfigError(f"a {spec.kind} tower with vision_config {self.vision_config}: only one of both can be")
         if 0 <= self.image_token_id < text.vocab_size:
             raise ConfigError(f"image_token_id is {self.image_token_id}: it must lie outside of {text.vocab_size} ids")
+        count_image_tokens(spec, self.image_grid)
         for name in ("llm_weights", "vision_weights"):
             if getattr(self, name) not in WEIGHTS:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be one of {WEIGHTS}")
@@ -85,8 +88,7 @@ class ReasonerConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Number of placeholder tokens of one image: P."""
-        rows, columns = self.encoder_spec.patch_grid
-        return rows * columns
+        return count_image_tokens(self.encoder_spec, self.image_grid)
 
 
 AutoConfig.register(ReasonerConfig.model_type, ReasonerConfig, exist_ok=True)

@@ -32,6 +32,7 @@ def build_reasoner(
     vision_source: Source,
     *,
     connector: str = "mlp2x_gelu",
+    image_grid: int | None = None,
     template: str = "plain",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -48,6 +49,7 @@ def build_reasoner(
         llm_source: `random:<member of the family>`, a GGUF file or the folder of one, or a Hugging Face folder.
         vision_source: `random:<vision preset>` or an encoder's folder.
         connector: identity, linear or mlp2x_gelu.
+        image_grid: side of the grid that patches are averaged to; None keeps every patch.
         template: chat template, kept in the configuration.
         dtype: type of every parameter.
         seed: seed of the connector and of random weights.
@@ -75,6 +77,7 @@ def build_reasoner(
             vision_config=vision_config,
             vision=spec.model_dump(mode="json"),
             connector=connector,
+            image_grid=image_grid,
             template=template,
             llm_name=llm_name or _language_model_name(llm_source),
             llm_weights=llm_weights,
