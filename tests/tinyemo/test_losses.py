@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import NTXentLoss
 from torch import Tensor
 
 from tinyemo.config import LossConfig
-from tinyemo.losses import compute_loss, cosine_embedding, info_nce, nt_xent, prototype
+from tinyemo.losses import alignment, compute_loss, cosine_embedding, info_nce, nt_xent, prototype
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -243,3 +243,14 @@ def test_compute_loss_reads_texts_by_row_and_takes_the_published_temperature(nam
     if name == "nt_xent":
         warm = compute_loss(LossConfig(name=name, temperature=1.0), images, labels, rows, table, label_embeds)
         assert torch.equal(warm, nt_xent(images, texts, labels, temperature=1.0))
+
+
+def test_alignment_is_least_where_images_are_their_texts():
+    """Images equal to their texts leave the contrast alone; a common shift of both sides changes nothing."""
+    texts = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    centred = F.normalize(texts - texts.mean(0), dim=-1)
+    logits = centred @ centred.T / 0.07
+    expected = F.cross_entropy(logits, torch.arange(6))
+    assert float(alignment(texts, texts)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(alignment(texts + 3, texts + 3)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(alignment(texts.roll(1, 0), texts)) > float(expected) + 1

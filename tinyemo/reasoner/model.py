@@ -265,7 +265,7 @@ class Reasoner(PreTrainedModel, GenerationMixin):
         records = ((position_ids[0] == 0).cumsum(0) - 1)[is_answer]
         words: Tensor = self.get_input_embeddings()(input_ids[0][is_answer])
         sums = words.new_zeros(images.shape).index_add(0, records, words)
-        return images, sums / torch.bincount(records, minlength=len(images))[:, None]
+        return images, sums / torch.bincount(records, minlength=len(images)).clamp(min=1)[:, None]
 
     def connector_is_trained(self) -> bool:
         """Return True if any parameter of the connector takes gradients."""

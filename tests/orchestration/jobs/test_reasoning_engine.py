@@ -15,7 +15,14 @@ from orchestration.data.batch import Batch
 from orchestration.data.plan import rank_slice
 from orchestration.jobs.reasoner import start_stage
 from orchestration.jobs.stage_weights import build_on_first_rank, prepare_stage
-from orchestration.jobs.steps import Inputs, MicroBatch, losses_by_record, mean_loss, train_micro_batches
+from orchestration.jobs.steps import (
+    Inputs,
+    MicroBatch,
+    align_micro_batch,
+    losses_by_record,
+    mean_loss,
+    train_micro_batches,
+)
 from orchestration.recipe import Recipe, parse_recipe
 from orchestration.recipe.sections import StageConfig
 from orchestration.services.engine import accumulate, load_engine, save_engine, state_bytes, trained_state_dict
@@ -93,6 +100,21 @@ def curves(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dic
         held_out = [global_batch(99, num_padded=3).part(rank_slice(BATCH, rank, world_size))]
         loss = mean_loss(engine, inputs, held_out, MICRO)
         found.append({"losses": losses, "val": loss, "weights": trained_state_dict(engine), "bytes": held(engine)})
+    return found
+
+
+def aligned(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """By ZeRO stage, the connector alone, all records of a step in one forward pass."""
+    found = []
+    for zero_stage in STAGES:
+        stage = stage_of(chosen).model_copy(update={"micro_batch_size": BATCH // world_size})
+        sized = chosen.model_copy(update={"stages": {"stage": stage}})
+        engine, inputs = start(at_zero_stage(sized, zero_stage), world_size)
+        losses = []
+        for step in range(STEPS):
+            part = inputs.micro_batch(global_batch(step).part(rank_slice(BATCH, rank, world_size)))
+            losses.append(float(align_micro_batch(engine, part, step)[0]["train/loss"]))
+        found.append({"losses": losses, "weights": trained_state_dict(engine)})
     return found
 
 
@@ -195,7 +217,11 @@ def in_precision(precision: str) -> Recipe:
 
 
 DROPOUT = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}
-CURVES = {"curves/llm": (curves, recipe("llm")), "curves/lora": (curves, recipe("lora"))}
+CURVES = {
+    "curves/llm": (curves, recipe("llm")),
+    "curves/lora": (curves, recipe("lora")),
+    "aligned": (aligned, recipe("connector", objective="align", micro_batch_size=BATCH // 2)),
+}
 JOBS: Jobs = {
     1: {**CURVES, "resume/connector": (resume, recipe("connector"))},
     2: {
@@ -264,6 +290,17 @@ def test_curves_do_not_depend_on_zero_or_world_size(trains: str, found: Found) -
             for name, weight in weights.items():
                 assert torch.allclose(ours["weights"][name], weight, atol=1e-4), (zero_stage, name)
         assert other[zero_stage]["weights"] == {}
+
+
+def test_alignment_does_not_depend_on_zero_or_world_size(found: Found) -> None:
+    (alone,), (pair, _) = ([rank["aligned"] for rank in found[size]] for size in (1, 2))
+    assert alone[0]["losses"][-1] < alone[0]["losses"][0]
+    for zero_stage in STAGES:
+        for ours in (alone[zero_stage], pair[zero_stage]):
+            assert np.allclose(ours["losses"], alone[0]["losses"], atol=1e-4), zero_stage
+            assert all(name.startswith("connector.") for name in ours["weights"])
+            for name, weight in alone[0]["weights"].items():
+                assert torch.allclose(ours["weights"][name], weight, atol=1e-4), (zero_stage, name)
 
 
 def test_an_offloaded_optimizer_takes_the_same_steps(found: Found) -> None:

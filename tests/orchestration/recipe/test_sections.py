@@ -55,6 +55,9 @@ connector = "identity"
 llm_revision = "main"
 [stages.pretrain]
 global_batch_size = 30
+[stages.words]
+trains = "lora"
+objective = "align"
 [stages.finetune]
 trains = "lora"
 lora = { rank = 0 }
@@ -70,6 +73,8 @@ learning_rate = -1
         "stages.pretrain.global_batch_size: 30 does not divide by micro_batch_size x workers.num_workers = 8 x 3 = 24",
         "stages.pretrain.trains: connector, but reasoner.connector identity has no parameters",
         "reasoner.llm_revision: 'main' is not a commit",
+        'stages.words.objective: align needs trains = "connector" and images = true',
+        "stages.words.micro_batch_size: align compares all records of a step, so global_batch_size 128 must be",
     ):
         assert part in said
 

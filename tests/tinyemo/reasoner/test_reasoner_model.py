@@ -70,6 +70,18 @@ def test_a_connector_is_what_its_name_says(kind: str, count: int) -> None:
     torch.testing.assert_close(connector(patches), expected)
 
 
+def test_a_coarser_grid_averages_patches_before_the_connector() -> None:
+    patches = torch.arange(2 * 49 * 3, dtype=torch.float32).view(2, 49, 3)
+    connector = Connector("identity", 3, 3, patch_grid=(7, 7), image_grid=1)
+    torch.testing.assert_close(connector(patches), patches.mean(1, keepdim=True))
+    rows = Connector("identity", 3, 3, patch_grid=(7, 7), image_grid=7)(patches)
+    torch.testing.assert_close(rows, patches)
+    model = Reasoner(ReasonerConfig(**{**tiny_config().to_dict(), "image_grid": 1}))
+    assert model.config.num_image_tokens == 1
+    ids = torch.tensor([[1, IMAGE, 5, 6]])
+    assert model(input_ids=ids, pixel_values=pixels(model, 1)).logits.shape[:2] == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -77,6 +89,7 @@ def test_a_connector_is_what_its_name_says(kind: str, count: int) -> None:
         ({"connector": "identity", "vision": {"patch_width": 48}}, "patches are 48 wide and the language model 32"),
         ({"vision_config": None}, "a clip tower with vision_config None"),
         ({"image_token_id": 3}, "image_token_id is 3"),
+        ({"image_grid": 3}, "image_grid is 3: the encoder has 2 x 2 patches"),
         ({"llm_weights": "good"}, "llm_weights is 'good'"),
         ({"text_config": {"model_type": "gpt2"}}, "language model of type 'gpt2'"),
     ],
