@@ -76,7 +76,8 @@ def engine_of(chosen: Recipe, world_size: int) -> Any:
 def steps(engine: Any, chosen: Recipe, rank: int, world_size: int, first: int, last: int) -> list[float]:
     goal = objective(chosen)
     batches = (batch(step, rank, world_size) for step in range(first, last))
-    return [float(train_batch(engine, goal, one, torch.device("cpu"))["train/loss"]) for one in batches]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [float(train_batch(engine, goal, one, device)["train/loss"]) for one in batches]
 
 
 def losses_and_bytes(chosen: Recipe, rank: int, world_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -205,6 +206,24 @@ def test_an_infinite_loss_stops_every_rank_and_names_its_samples(found: Found) -
     assert "row-0" in said[0]
     assert "row-15" in said[1]
     assert "row-15" not in said[0]
+
+
+@pytest.mark.slow
+def test_bf16_at_every_stage_follows_fp32_and_resumes(device: str, tmp_path: Path) -> None:
+    rounded = recipe(engine={"precision": "bf16"})
+    jobs: Jobs = {
+        1: {
+            "bf16": (losses_and_bytes, rounded),
+            "fp32": (losses_and_bytes, recipe(engine={"precision": "fp32"})),
+            "resume": (save_and_resume, rounded),
+        }
+    }
+    found = run_groups(jobs, tmp_path, device)[1][0]
+    for stage in STAGES:
+        losses, exact = found["bf16"][stage]["losses"], found["fp32"][stage]["losses"]
+        assert 0 < abs(losses[0] / exact[0] - 1) < 1e-3, stage  # before any update
+        assert np.allclose(losses, exact, rtol=0.1), stage
+        assert found["resume"][stage]["resumed"] == found["resume"][stage]["whole"], stage
 
 
 @pytest.mark.slow
