@@ -34,7 +34,7 @@ $(SETUP): pyproject.toml requirements.lock
 	$(BIN)/python -m orchestration.services.engine
 	touch $(SETUP)
 
-demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show the results; leaves the platform up
+demo: setup ## Bring up the platform, train the family on Emotion6 from S3, evaluate and report; leaves the platform up
 	tinyemo platform up
 	if tinyemo assets get emotion6; then tinyemo ingest features emotion6 --name emotion6; \
 	else echo "##### NO DATA WITHIN REACH: going on with GENERATED features; the figures mean nothing #####"; \
@@ -42,7 +42,10 @@ demo: setup ## Bring up the platform, train the family on Emotion6 from S3, show
 	. $${TINYEMO_STATE:-.tinyemo}/platform.env; ray job submit -- tinyemo family \
 	$$(tinyemo assets get emotion6 >/dev/null 2>&1 && echo family || echo family --set name=family-generated \
 	--set data.dataset=s3://tinyemo/datasets/generated)
+	tinyemo evaluate evaluate-champion \
+	$$(tinyemo assets get emotion6 >/dev/null 2>&1 || echo --set data.test-split.dataset=s3://tinyemo/datasets/generated)
 	tinyemo platform status
+	tinyemo report models:/tinyemo-projector@champion --output $${TINYEMO_STATE:-.tinyemo}/champion.html
 
 test: setup ## The whole suite but gpu
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15

@@ -105,9 +105,10 @@ def reliability(bins: Sequence[dict[str, Any]], title: str, *, key: str) -> str:
     filled = [item for item in bins if item["count"]]
     most = max((item["count"] for item in filled), default=1)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-    axes.plot([b["confidence"] for b in filled], [b["accuracy"] for b in filled], color=BLUE, linewidth=1.2)
+    axes.plot([b["confidence"] for b in filled], [b["accuracy"] for b in filled], color=BLUE, linewidth=1, alpha=0.5)
     for item in filled:
-        axes.plot(item["confidence"], item["accuracy"], "o", color=BLUE, markersize=4 + 8 * item["count"] / most)
+        size = 4 + 8 * item["count"] / most
+        axes.plot(item["confidence"], item["accuracy"], "o", color=BLUE, markersize=size, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     said = ", ".join(f"{b['confidence']:.2f} confident, {b['accuracy']:.2f} right" for b in filled)
     return _svg(figure, axes, title, said, key, grid="both")

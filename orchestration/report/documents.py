@@ -4,7 +4,7 @@ FOLDER/evaluations/NAME/evaluation.json
 FOLDER/bias/NAME/bias.json
 FOLDER/bias/NAME/review.toml
 
-FOLDER is a run's folder in S3, or a local one.
+FOLDER is a run's folder in S3. Below a local folder these files may lie in any folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from orchestration.services import storage
 from tinyemo.errors import DataError
 
-NAMES = re.compile(r"/(?:evaluations/[^/]+/evaluation\.json|bias/[^/]+/bias\.json)$")
+NAMES = re.compile(r"/(?:evaluation|bias)\.json$")
 OPEN, EXPLAINED = "open", "explained"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,8 @@ METRICS = {
     "macro_f1": "macro F1",
     "expected_calibration_error": "calibration error",
 }
+GAP_PARTS = ("groups", "slices", "counterfactuals", "sets")
+"""Parts whose effects are differences of shares; those of the others have scales of their own."""
 PART_NAMES = {
     "groups": "Groups",
     "words": "Words",
@@ -84,8 +87,8 @@ def render(subject: Subject) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"percent": _percent, "interval": _interval, "number": _number, "spelled": _spelled, "shade": _shade}
-    environment.filters |= filters
+    shown = (_percent, _interval, _number, _effect, _spelled, _shade)
+    environment.filters |= {function.__name__.removeprefix("_"): function for function in shown}
     measured = [_data_section(place, entry, subject) for place, entry in enumerate(subject.documents.measured())]
     bias = _newest_by_name(subject.documents.bias)
     context = {
@@ -276,11 +279,18 @@ def _size_charts(subject: Subject) -> list[Markup]:
 
 
 def _bias_chart(place: int, document: dict[str, Any], subject: Subject) -> Markup:
-    """Return the gaps with an interval, the largest first; hollow where nobody decided yet."""
-    drawn = [item for item in document["findings"] if item["is_significant"] and item.get("low") is not None]
+    """Return the gaps in shares with an interval, the largest first; hollow where nobody decided yet."""
+    drawn = [item for item in document["findings"]
+             if item["is_significant"] and item["part"] in GAP_PARTS and _is_number(item.get("low"))]  # fmt: skip
     drawn.sort(key=lambda item: -abs(item["effect"]))
     bars = [
-        Bar(f"{item['group']}: {item['metric']}", item["effect"], item["low"], item["high"], item["decision"] == OPEN)
+        Bar(
+            f"{item['metric']}, {item['group'] or item['data']}",
+            item["effect"],
+            item["low"],
+            item["high"],
+            item["decision"] == OPEN,
+        )
         for item in drawn[:MAX_FINDINGS_DRAWN]
     ]
     if not bars:
@@ -324,8 +334,18 @@ def _interval(value: dict[str, Any]) -> str:
     return f"{100 * value['value']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+    return f"{value:.{digits}g}" if value is not None and math.isfinite(value) else "-"
+
+
+def _effect(item: dict[str, Any]) -> str:
+    """Return an effect with its sign, and its interval where there is one."""
+    interval = f" [{item['low']:+.3f}, {item['high']:+.3f}]" if _is_number(item["low"]) else ""
+    return f"{item['effect']:+.3f}{interval}"
 
 
 def _spelled(value: str) -> str:

@@ -164,7 +164,8 @@ def _judge_accuracy(candidate: Candidate, champion: Candidate | None, policy: Po
     for entry in candidate.documents.measured():
         counts = not policy.accuracy.data or entry["name"] in policy.accuracy.data
         other = others.get(identity(entry))
-        if counts and other is not None and other["digest"] == entry["digest"]:
+        has_scores = bool(other and entry["scores"] and other["scores"])
+        if counts and other is not None and has_scores and other["digest"] == entry["digest"]:
             compared += 1
             yield _judge_difference(entry, other, policy)
         elif counts and policy.accuracy.data:

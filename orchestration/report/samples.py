@@ -16,7 +16,7 @@ from orchestration.data.data_card import thumbnail
 from orchestration.data.manifest import Manifest, id_hash, load_manifest, read_index
 from orchestration.data.sets import RecordSet, read_records
 from orchestration.report.policy import read_scores
-from tinyemo.errors import TinyEmoError
+from tinyemo.errors import DataError, TinyEmoError
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,11 @@ def choose_samples(entry: dict[str, Any]) -> list[Sample]:
     """Return a few samples of each group of GROUPS, of a data entry of an evaluation.
 
     Raises:
+        DataError: the evaluation stored no scores.
         StorageError: the scores cannot be read.
     """
+    if not entry.get("scores"):
+        raise DataError("the evaluation stored none: give `tinyemo evaluate RECIPE` an --output folder")
     table = read_scores(entry["scores"])
     labels = list(entry["labels"])
     scores = np.array(table["scores"].to_pylist(), dtype=np.float64)

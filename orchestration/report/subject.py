@@ -14,6 +14,7 @@ from orchestration.services import storage, tracking
 from orchestration.use.locations import digest_of_export, find_export
 from tinyemo.errors import DataError
 from tinyemo.families import FAMILY
+from tinyemo.measures.intervals import wilson_interval
 
 BYTES_PER_WEIGHT = 2
 """bf16, the type that models are used in."""
@@ -25,7 +26,7 @@ class SizeFacts:
 
     Attributes:
         note: what is not real about it; empty otherwise.
-        accuracy: value, low and high of top-1 on `data`; the run's own test without an interval where there is no
+        accuracy: value, low and high of top-1 on `data`; the run's own test with a binomial interval where there is no
             evaluation; None for a reasoning model.
         weights_gib: language model and encoder in bf16, computed from their number of parameters.
         peak_gib: most memory of a rank in training; None where it was not measured.
@@ -36,7 +37,7 @@ class SizeFacts:
     run: str
     note: str
     data: str
-    accuracy: tuple[float, float | None, float | None] | None
+    accuracy: tuple[float, float, float] | None
     weights_gib: float | None
     peak_gib: float | None
     worker_hours: float | None
@@ -76,7 +77,11 @@ class Subject:
     @property
     def marks(self) -> list[str]:
         """What must stand beside every figure: random weights, generated data or answers; empty where all is real."""
-        return marks_of(self.card, self.result)
+        models = [document["model"] for document in self.documents.evaluations[:1]]
+        found = marks_of(self.card, self.result, *models)
+        if any(model.get("is_random_weights") for model in models) and not any("random" in mark for mark in found):
+            found.append("random weights")
+        return found
 
 
 def marks_of(*sources: dict[str, Any]) -> list[str]:
@@ -89,7 +94,8 @@ def marks_of(*sources: dict[str, Any]) -> list[str]:
         found.append("random LLM weights")
     if "random" in (merged.get("encoder_weights"), merged.get("vision_weights")):
         found.append("random vision encoder")
-    if "generated" in (merged.get("data"), merged.get("answers")) or merged.get("generated") is True:
+    is_generated = merged.get("generated") is True or merged.get("is_generated_data") is True
+    if is_generated or "generated" in (merged.get("data"), merged.get("answers")):
         found.append("generated data")
     if "templates" in str(merged.get("answers", "")):
         found.append("answers from templates")
@@ -203,9 +209,12 @@ def _size(run: tracking.RunInfo, result: dict[str, Any], parent: tracking.RunInf
     name = str(result["llm"])
     for size in FAMILY:  # a reasoning model's `llm` is a place; its run is named after the size
         name = size if run.name.endswith(f"-{size}") else name
-    accuracy, data = None, ""
+    accuracy: tuple[float, float, float] | None = None
+    data = ""
     if "test_top1_accuracy" in result:
-        accuracy, data = (float(result["test_top1_accuracy"]), None, None), "its test split, no interval"
+        value, number = float(result["test_top1_accuracy"]), int(result["num_test"])
+        low, high = wilson_interval(value * number, number)
+        accuracy, data = (value, float(low), float(high)), f"its test split, {number} images"
     measured = read_documents(run.tags["folder"]).of_digest(digest_of_export(result["model"])).measured()
     seen = [entry for entry in measured if not entry.get("is_zero_shot")] or measured
     if seen:

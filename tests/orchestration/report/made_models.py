@@ -60,7 +60,7 @@ def make_run(runs: str, name: str, *, model: str = "made", llm_weights: str = "r
         "name": name, "run_id": run.run_id, "run_url": run.url, "model": source, "llm": "smollm2-135m",
         "llm_weights": llm_weights, "hidden_size": 576, "data": "generated", "num_train": 1109, "num_validation": 277,
         "num_test": NUM_IMAGES, "best_epoch": 7, "val_top1_accuracy": 0.7, "test_top1_accuracy": 0.7,
-        "test_confusion": [[1]], "words": list(LABELS), "samples_per_s": 9000.0, "encoder_weights": "real",
+        "test_confusion": [[1] * 6] * 6, "words": list(LABELS), "samples_per_s": 9000.0, "encoder_weights": "real",
     }  # fmt: skip
     storage.write_json(f"{folder}/result.json", result)
     version = tracking.model_version(model, tracking.register(run.run_id, source, model, tags={}))
