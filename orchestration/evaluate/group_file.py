@@ -62,18 +62,32 @@ def join_groups(ids: pa.ChunkedArray, names: Mapping[str, Sequence[str]], groups
         names: further names of a row by its id, see `names_of_images`.
         groups: see `read_groups`; of two rows for the same image the first counts.
     """
+    columns = [groups[name].cast(pa.string()).combine_chunks() for name in KEYS if name in groups.column_names]
+    places = np.full(len(ids), -1, np.int64)
+    for column in columns:
+        found = np.asarray(pc.fill_null(pc.index_in(ids.cast(pa.string()), column), -1), np.int64)
+        places = np.where(places < 0, found, places)
+    if (places < 0).any():
+        places = np.where(places < 0, _places_by_form(ids, names, columns), places)
+    rows = pa.array(places, mask=places < 0)
+    return pa.table(
+        {name: groups[name].combine_chunks().take(rows) for name in groups.column_names if name not in KEYS}
+    )
+
+
+def _places_by_form(
+    ids: pa.ChunkedArray, names: Mapping[str, Sequence[str]], columns: Sequence[pa.Array]
+) -> NDArray[np.int64]:
+    """Return (N,) the row of each id by any form of any of its names, -1 where there is none."""
     keys: dict[str, int] = {}
-    for column in KEYS:
-        if column in groups.column_names:
-            for row, value in enumerate(groups[column].to_pylist()):
-                for key in _forms([value] if value else []):
-                    keys.setdefault(key, row)
+    for column in columns:
+        for row, value in enumerate(column.to_pylist()):
+            for key in _forms([value] if value else []):
+                keys.setdefault(key, row)
     unique = pc.unique(ids).to_pylist()
     found = [next((keys[key] for key in _forms([name, *names.get(name, ())]) if key in keys), -1) for name in unique]
-    places = np.array(found, np.int64)[np.asarray(pc.index_in(ids, pa.array(unique)))]
-    rows = pa.array(places, mask=places < 0)
-    columns = [name for name in groups.column_names if name not in KEYS]
-    return pa.table({name: groups[name].combine_chunks().take(rows) for name in columns}) if columns else pa.table({})
+    places: NDArray[np.int64] = np.array(found, np.int64)[np.asarray(pc.index_in(ids, pa.array(unique)))]
+    return places
 
 
 def _forms(names: Iterable[str]) -> list[str]:
