@@ -37,6 +37,18 @@ CHATML = (
 CLI = [sys.executable, "-c", "from orchestration.cli import main; main()"]
 
 
+def write_teacher(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as a folder that `transformers serve` reads."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from tinyemo.reasoner.loading import load_gguf
+
+    load_gguf(gguf, torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
+
+
 def write_inputs(folder: Path, count: int) -> None:
     """Half of the photographs from fi, half from OASIS, and a table of their labels and what is told of them."""
     mirror = Path(os.environ["TINYEMO_MIRROR"])
@@ -161,12 +173,9 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 300
     model = find_asset("smollm2-135m")
     with tempfile.TemporaryDirectory(prefix="tinyemo-real-") as name:
-        from tinyemo.reasoner.loading import dequantise_gguf
-
         folder = Path(name) / "SmolLM2-135M-Instruct"
         folder.mkdir()
-        dequantise_gguf(get_asset(model.name) / model.files[0], folder)
-        (folder / "chat_template.jinja").write_text(CHATML)
+        write_teacher(get_asset(model.name) / model.files[0], folder)
         photographs = Path(name) / "photographs"
         photographs.mkdir()
         write_inputs(photographs, count)

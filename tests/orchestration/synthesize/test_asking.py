@@ -85,6 +85,7 @@ def ask(
     return stopped_by, {row["key"]: row for row in read_answers(ledger.folder).to_pylist()}
 
 
+@pytest.mark.slow
 def test_every_behaviour_ends_as_an_answer_or_a_code_and_the_key_is_nowhere(
     teacher: Teacher, ledger: AnswerLedger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(
     assert ledger.spent.tokens == 60 * 70
 
 
+@pytest.mark.slow
 def test_concurrency_grows_with_a_patient_teacher_and_falls_at_429(ledger: AnswerLedger) -> None:
     with running_teacher(delay_s=0.05) as patient:
         ask(ledger, [work("good", number) for number in range(300)], endpoint(patient, max_concurrency=32))
