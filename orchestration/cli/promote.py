@@ -64,7 +64,7 @@ def promote(
         _show_check(found, as_json)
         raise typer.Exit(int(found.state == "unverified" and not found.is_reverted))
     rules = load_policy(policy)
-    version = promotion.find_version(model, root, name)
+    version = promotion.find_version(model, root, name, is_dry_run=is_dry_run)
     decision = promotion.promote(version, rules, alias=alias, runs=root, is_dry_run=is_dry_run)
     _show_decision(decision, as_json)
     raise typer.Exit(int(decision.outcome == "refused"))

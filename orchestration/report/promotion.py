@@ -80,13 +80,14 @@ class AliasCheck:
     is_reverted: bool
 
 
-def find_version(location: str, runs: str = RUNS, name: str | None = None) -> ModelVersion:
+def find_version(location: str, runs: str = RUNS, name: str | None = None, *, is_dry_run: bool = False) -> ModelVersion:
     """Return the registered version that a location means.
 
     Args:
         location: models:/NAME/VERSION, models:/NAME@ALIAS, or the name of a run or of a family (its best size).
         runs: S3 folder of the runs.
         name: registered model to look in; a run that has no version of it yet is registered under it.
+        is_dry_run: register nothing; such a run gets the version "new".
 
     Raises:
         DataError: there is no such version or run, or the run is not registered and no name is given.
@@ -112,6 +113,8 @@ def find_version(location: str, runs: str = RUNS, name: str | None = None) -> Mo
         return versions[0]
     if name is None:
         raise DataError(f"{location} has no registered version: name the model to register it under with --name NAME")
+    if is_dry_run:
+        return ModelVersion(name, "new", result["model"], result["run_id"], {}, "")
     card = f"Model of run [{result['name']}]({result['run_url']}); its files are in `{result['model']}`."
     made = tracking.register(result["run_id"], result["model"], name, tags={}, card=card)
     found = tracking.model_version(name, made)

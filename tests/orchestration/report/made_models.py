@@ -162,6 +162,7 @@ def bias(made: MadeModel, findings: list[dict[str, Any]], decisions: dict[str, s
         "kind": "bias", "name": "main", "made_at": NOW, "model": {"location": made.version.source, "digest": digest},
         "data": [{"name": "emotion6", "digest": DATA_DIGEST}], "alpha": 0.05, "findings": findings, "words": {},
         "groups": [], "slices": [], "association": [], "counterfactuals": [], "spurious": [],
+        "changes": ["new: recall of theme 1"],
     }  # fmt: skip
     put(f"{folder}/bias.json", json.dumps(document).encode())
     rows = [

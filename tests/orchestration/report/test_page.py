@@ -105,7 +105,8 @@ def test_the_page_holds_the_figures_of_its_documents(page: str) -> None:
     text = " ".join(Page(page).text.split())
     for expected in (
         "70.0 % [66.0, 74.0]", "80 of theme", "linear probe", "+2.1 [-1.2, +5.3]", "arXiv 2410.07062, table 2",
-        "-0.200 [-0.250, -0.150]", "confirmed: looked at", "not decided", "LEAKED", "t0", "same image",
+        "-0.200 [-0.250, -0.150]", "confirmed: looked at",
+        "Since the report before new: recall of theme 1", "not decided", "LEAKED", "t0", "same image",
         "13 trials finished, 7 were stopped early", "0.12", "smollm2-135m (best by validation)", "Confident and wrong",
         "tinyemo promote made --name NAME --to champion",
     ):  # fmt: skip

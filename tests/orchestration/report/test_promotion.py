@@ -73,6 +73,11 @@ def test_a_better_model_becomes_champion_and_both_versions_hold_the_decision(reg
     assert (again.outcome, registry.champion()) == ("unchanged", "2")
     assert find_version("first", registry.runs).version == first.version.version == "1"
     assert find_version(f"models:/{registry.name}@champion", registry.runs).version == "2"
+    other = f"{registry.name}-other"
+    unregistered = find_version("first", registry.runs, other, is_dry_run=True)
+    assert (unregistered.version, tracking.model_version(other, "1")) == ("new", None)
+    assert promote(unregistered, load_policy(), runs=registry.runs, is_dry_run=True).outcome == "passed"
+    assert find_version("first", registry.runs, other).version == "1"
 
 
 def test_a_worse_model_is_refused_with_the_difference(registry: Registry) -> None:
