@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from tinyemo.errors import DataError
 from tinyemo.tokenizer_files import open_tokenizer
-
-Tokenize = Callable[[str], list[int]]
 
 TABLE_TENSORS = (
     "model.embed_tokens.weight",
@@ -31,6 +29,8 @@ TABLE_TENSORS = (
 """Names of the input embeddings in safetensors: Llama and Phi, OpenELM, GPT-2, early Phi."""
 GGUF_TABLE_TENSOR = "token_embd.weight"
 DIGEST_ROWS = 4096
+WORD_STARTS = ("\u0120", "\u2581")
+"""What stands before the first piece of a word: the space of byte-level BPE, and of SentencePiece."""
 
 
 class EmbeddingTable(Protocol):
@@ -55,6 +55,9 @@ class EmbeddingTable(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of `text`, without special tokens."""
 
+    def whole_words(self) -> dict[str, int]:
+        """Return the lower-case words of at least three letters that are one token, and their ids; none if random."""
+
     def rows(self, ids: list[int]) -> Tensor:
         """Return the embeddings of token ids, (len(ids), D) float32."""
 
@@ -74,6 +77,9 @@ class _RandomTable:
         # A digest of each word between spaces is its id.
         digests = [hashlib.blake2b(word.encode(), digest_size=4).digest() for word in text.split()]
         return [int.from_bytes(digest, "big") for digest in digests]
+
+    def whole_words(self) -> dict[str, int]:
+        return {}
 
     def rows(self, ids: list[int]) -> Tensor:
         drawn = np.empty((len(ids), self.width), dtype=np.float32)
@@ -95,13 +101,13 @@ class _StoredTable:
         name: str,
         shape: tuple[int, int],
         read: Callable[[list[int]], Tensor],
-        tokenize: Tokenize,
+        tokenizer: Any,
         revision: str | None,
     ) -> None:
         self.name = name
         self.num_rows, self.width = shape
         self._read = read
-        self._tokenize = tokenize
+        self._tokenizer = tokenizer
         self._revision = revision
 
     @cached_property
@@ -116,7 +122,16 @@ class _StoredTable:
         return f"sha256-{digest.hexdigest()[:12]}"
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenize(text)
+        # Without special tokens, and without a space put before the text.
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def whole_words(self) -> dict[str, int]:
+        found = {}
+        for piece, token in self._tokenizer.get_vocab().items():
+            word = piece[1:]
+            if piece[0] in WORD_STARTS and len(word) >= 3 and word.isascii() and word.isalpha() and word.islower():
+                found[word] = token
+        return dict(sorted(found.items()))
 
     def rows(self, ids: list[int]) -> Tensor:
         outside = [token for token in ids if not 0 <= token < self.num_rows]
@@ -168,7 +183,7 @@ def open_gguf_table(path: Path, *, name: str | None = None, revision: str | None
         return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32)).reshape(len(ids), width)
 
     return _StoredTable(
-        name or metadata.get("general.name", path.stem), (num_rows, width), read, _open_tokenize(path), revision
+        name or metadata.get("general.name", path.stem), (num_rows, width), read, open_tokenizer(path), revision
     )
 
 
@@ -200,7 +215,7 @@ def open_safetensors_table(folder: Path, *, name: str | None = None) -> Embeddin
                 rows = torch.cat([table[token : token + 1] for token in ids])
         return torch.as_tensor(rows, dtype=torch.float32)
 
-    return _StoredTable(name or folder.name, (num_rows, width), read, _open_tokenize(folder), None)
+    return _StoredTable(name or folder.name, (num_rows, width), read, open_tokenizer(folder), None)
 
 
 def _find_table(folder: Path) -> tuple[Path, str]:
@@ -217,13 +232,3 @@ def _find_table(folder: Path) -> tuple[Path, str]:
         if tensor_name in weight_map:
             return folder / weight_map[tensor_name], tensor_name
     raise DataError(f"{folder} holds no input embeddings: it needs one of {', '.join(TABLE_TENSORS)}")
-
-
-def _open_tokenize(source: Path) -> Tokenize:
-    """Return a function that splits a text into token ids, without special tokens or a space put before it."""
-    tokenizer = open_tokenizer(source)
-
-    def tokenize(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    return tokenize

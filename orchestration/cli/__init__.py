@@ -12,6 +12,7 @@ from typing import NoReturn
 import typer
 
 from orchestration.cli.assets import assets_app
+from orchestration.cli.bias import bias
 from orchestration.cli.compare import compare
 from orchestration.cli.explain import explain
 from orchestration.cli.ingest import features, ingest_app
@@ -48,6 +49,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(explain)
 app.command()(compare)
+app.command()(bias)
 app.command()(report)
 app.command()(promote)
 

@@ -144,9 +144,9 @@ def evaluate(
     models = [open_model(location) for location in recipe.models]
     baseline = open_model(recipe.baseline) if recipe.baseline else None
     everyone = [*models, *([baseline] if baseline else [])]
-    sources = {name: _source(config, everyone, advance) for name, config in recipe.data.items()}
+    sources = {name: source_rows(config, everyone, advance) for name, config in recipe.data.items()}
     entries = [
-        [_entry(name, config, sources[name], model) for name, config in recipe.data.items()] for model in everyone
+        [entry_of(name, config, sources[name], model) for name, config in recipe.data.items()] for model in everyone
     ]
     for model, own in zip(everyone, entries, strict=True):
         for entry in own:
@@ -158,7 +158,7 @@ def evaluate(
     ]
     scored = score_all(wanted, advance)
     found: list[list[_Scored]] = [
-        [_outcomes(recipe, model, entry, *scored[f"{place}/{entry.name}"]) for entry in own]
+        [outcomes_on(recipe, model, entry, *scored[f"{place}/{entry.name}"]) for entry in own]
         for place, (model, own) in enumerate(zip(everyone, entries, strict=True))
     ]
     documents = []
@@ -169,7 +169,7 @@ def evaluate(
     return documents
 
 
-def _source(config: EvaluatedData, models: Sequence[Model], advance: Advance | None) -> FeatureRows:
+def source_rows(config: EvaluatedData, models: Sequence[Model], advance: Advance | None) -> FeatureRows:
     """Return the feature rows of an entry; images are encoded first, by the encoder of the first model."""
     location = config.dataset
     if location.startswith("s3://"):
@@ -189,7 +189,7 @@ def _encode(images: Manifest, model: Model, advance: Advance | None) -> str:
     return make_features(images.uri, choice, name=name, root=root, has_patches=False, advance=advance).manifest.uri
 
 
-def _entry(name: str, config: EvaluatedData, rows: FeatureRows, model: Model) -> Entry:
+def entry_of(name: str, config: EvaluatedData, rows: FeatureRows, model: Model) -> Entry:
     """Return which stored label stands for which word.
 
     Raises:
@@ -241,7 +241,7 @@ class _Scored:
     num_left_out: int
 
 
-def _outcomes(
+def outcomes_on(
     recipe: EvaluationRecipe, model: Model, entry: Entry, table: pa.Table, scores: NDArray[np.float32]
 ) -> _Scored:
     encoded = table["label"].combine_chunks().dictionary_encode()

@@ -123,10 +123,7 @@ def _clusters(data: ScoredData, first: Bools, rng: np.random.Generator) -> list[
     _, _, directions = np.linalg.svd(rest.T @ rest)
     directions = directions[:NUM_DIRECTIONS]
     places = np.concatenate(
-        [
-            _coordinates(part, grand, spanned, directions)
-            for part in np.array_split(data.embeds, len(data) // 65_536 + 1)
-        ]
+        [_coordinates(part, grand, spanned, directions) for part in np.array_split(data.embeds, len(data) // 8192 + 1)]
     )
     start = int(rng.integers(2**31))
     return [

@@ -1,0 +1,1 @@
+"""The bias report of a projector: inputs, parts, files and the review of its findings."""
