@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.data.data_card import has_mlflow
@@ -125,7 +127,12 @@ def synthesize(
         connect()
     storage.ensure_bucket(storage.parse_s3_uri(recipe.root)[0])
     folder = f"{recipe.root}/{recipe.name}"
-    with hold_lease(folder, None, {}, kind="synthesize") as lease, _open_run(recipe, lease, photographs) as run:
+    with (
+        tempfile.TemporaryDirectory(prefix="tinyemo-synthesis-") as scratch_name,
+        hold_lease(folder, None, {}, kind="synthesize") as lease,
+        _open_run(recipe, lease, photographs) as run,
+    ):
+        scratch = Path(scratch_name)
         ledger = open_ledger(lease)
         if ledger.num_lost:
             logger.warning("%d requests of killed starts may have been paid for without an answer", ledger.num_lost)
@@ -137,7 +144,7 @@ def synthesize(
         judged = judge(recipe, photographs, ledger.folder, rounds)
         if recipe.gates.judge is not None and asked.stopped_by is None:
             judged = _ask_judge(planner, photographs, lease, asked, judged, rounds, progress)
-        output = write_output(recipe, photographs, planner.prompts, lease, rounds, judged, progress)
+        output = write_output(recipe, photographs, planner.prompts, lease, rounds, judged, scratch, progress)
         dataset = None
         if has_dataset and asked.stopped_by is None and output.num_accepted:
             dataset = _ingest(recipe, photographs, output, progress)

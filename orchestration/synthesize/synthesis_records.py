@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -205,16 +204,19 @@ def write_output(
     lease: Lease,
     rounds: Sequence[StoredItems],
     judged: Judged,
+    scratch: Path,
     progress: Progress,
 ) -> Output:
-    """Store records, rejected items, images, prompts and the card; equal answers make equal records."""
+    """Store records, rejected items, images, prompts and the card; equal answers make equal records.
+
+    `scratch` is an empty local folder; `Output.files` lie in it.
+    """
     used = {item.image for item, _ in judged.accepted()}
     names = _store_images(photographs, sorted(used), f"{lease.folder}/images", progress)
     disputed = _disputed(recipe, photographs)
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     teachers = {name: dict.fromkeys(("items", "accepted", "tokens", "money"), 0.0) for name in recipe.teachers}
-    scratch = Path(tempfile.mkdtemp(prefix="tinyemo-synthesis-"))
     records, losses = scratch / "records.jsonl", scratch / "rejected.jsonl"
     with records.open("w", encoding="utf-8") as kept, losses.open("w", encoding="utf-8") as lost:
         for item in judged.items():
