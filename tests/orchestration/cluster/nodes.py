@@ -92,7 +92,10 @@ def has_namespaces() -> bool:
 
 def documents(driver: subprocess.Popen[str], timeout_s: float = DEADLINE_S) -> list[Any]:
     """Return what a driver printed before it ended well."""
-    stdout, stderr = driver.communicate(timeout=timeout_s)
+    try:
+        stdout, stderr = driver.communicate(timeout=timeout_s)
+    finally:
+        driver.kill()  # one that hangs would keep what it holds from the next test
     assert driver.returncode == 0, stderr[-3000:]
     return [json.loads(line) for line in stdout.splitlines()]
 
