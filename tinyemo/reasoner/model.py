@@ -86,7 +86,8 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Features:
         """Return pooled (N, d) and patch (N, P, D) features of (N, 3, S, S) normalised pixels, in the tower's dtype."""
         pixel_values = pixel_values.to(next(self.network.parameters()).dtype)
-        if self.kind != EFFICIENTNET_LITE0 or pixel_values.device.type != "cpu":
+        on_cpu = pixel_values.device.type == "cpu" and pixel_values.dtype == torch.float32
+        if self.kind != EFFICIENTNET_LITE0 or not on_cpu:
             return run_network(self.kind, self.network, pixel_values)
         # Small batches in channels-last layout stay in a CPU's cache: three times as fast (docs/measurements.md).
         parts = torch.split(pixel_values.contiguous(memory_format=torch.channels_last), FEW_IMAGES_BATCH)

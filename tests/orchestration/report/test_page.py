@@ -170,7 +170,7 @@ def server_folder(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         server.server_close()
 
 
-FRAME = """<!DOCTYPE html><title>frame</title><body style="margin: 0">
+FRAME = """<!DOCTYPE html><link rel="icon" href="data:,"><title>frame</title><body style="margin: 0">
 <iframe src="report.html" style="width: {width}px; height: 800px; border: 0"></iframe><pre id="found">waiting</pre>
 <script>document.querySelector("iframe").onload = event => {{
   const page = event.target.contentDocument.documentElement;
