@@ -1,5 +1,5 @@
-"""What the bias report finds of planted bias, how often it errs on unbiased data, its power, and the time of a
-million rows.
+"""Measure what the bias report finds of planted bias, how often it errs on unbiased data, its power, and its time for
+a million rows.
 
 Run: python benchmarks/bias.py                        all parts; about 20 minutes on two cores
      python benchmarks/bias.py rates --seeds 20 --first-seed 100 --effects shift=0.1,0.2 cluster=0.3

@@ -161,7 +161,7 @@ def _table(rng: np.random.Generator, tie: float) -> tuple[Vocabulary, NDArray[np
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a report says of planted data.
+    """Findings of a bias report on planted data.
 
     Attributes:
         findings: decided.

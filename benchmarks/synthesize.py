@@ -1,4 +1,4 @@
-"""What synthesis costs beside its teacher: `python benchmarks/synthesize.py [overhead] [loop] [ray_llm] [memory]`.
+"""Measure the overhead of synthesis: `python benchmarks/synthesize.py [overhead] [loop] [ray_llm] [memory]`.
 
 Needs S3 (`tinyemo platform up`); tests/orchestration/synthesize/teacher_server.py stands for a teacher.
 

@@ -72,7 +72,7 @@ class BiasData:
 
 @dataclass(frozen=True)
 class DataChoice:
-    """What of a data set is looked at; see the options of `tinyemo bias`."""
+    """Part of a data set that a bias report reads; the fields are options of `tinyemo bias`."""
 
     location: str
     split: str = "test"

@@ -61,7 +61,7 @@ def explain(
     """
     from cluster.environment import load_platform_environment
     from orchestration.use import bulk
-    from orchestration.use.locations import digest_of_export, fetch_export, find_export, find_images
+    from orchestration.use.locations import digest_of_export, fetch_export, find_export, find_images, weight_cautions
 
     load_platform_environment()
     if (projector is None) == (label is None):
@@ -90,8 +90,11 @@ def explain(
         )
         result = bulk.run(job, found, on_cluster=is_many and bulk.has_cluster(found), progress=advance)
     show_problems(result, "explained")
+    cautions = weight_cautions(place)
+    for caution in cautions:
+        typer.echo(caution, err=True)
     if as_json:
-        typer.echo(json.dumps({"model": model, "words": list(words), "images": result.rows}))
+        typer.echo(json.dumps({"model": model, "words": list(words), "cautions": cautions, "images": result.rows}))
     elif output is None:
         _show([row for row in result.rows if row["problem"] is None])
 

@@ -66,7 +66,7 @@ class Model:
 
     @property
     def card(self) -> dict[str, Any]:
-        """Where the weights come from."""
+        """Card of the projector, which says where its weights come from."""
         return self.projector.card
 
     @property

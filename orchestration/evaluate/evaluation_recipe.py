@@ -6,8 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from orchestration.recipe import recipe_path
-from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
+from orchestration.recipe.recipe import read_recipe
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
 from tinyemo.taxonomies import TaxonomyChoice, canonical_word, render
@@ -142,9 +141,5 @@ def load_evaluation(name_or_path: str, overrides: list[str] | None = None) -> Ev
     Raises:
         ConfigError: lists all errors, one line per field.
     """
-    path = recipe_path(name_or_path)
-    content = read_toml(path)
-    content.setdefault("name", path.stem)
-    problems = lay_over(content, overrides or [], EvaluationRecipe)
     required = {"name": "unnamed", "data": {"unnamed": {"dataset": "unnamed"}}}
-    return parse_section(EvaluationRecipe, content, source=str(path), problems=problems, required=required)
+    return read_recipe(EvaluationRecipe, name_or_path, overrides, required=required)

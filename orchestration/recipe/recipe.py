@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -26,6 +26,8 @@ from orchestration.search.space import SearchConfig, space_problems
 from tinyemo.config import LabelConfig, LossConfig, ProjectorConfig, Section
 from tinyemo.errors import AssetError, ConfigError
 from tinyemo.families import FAMILY
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Section)
 
 NOT_IN_DIGEST: Any = {
     "experiment": True,
@@ -223,11 +225,28 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     Raises:
         ConfigError: lists all errors, one line per field.
     """
+    return read_recipe(Recipe, name_or_path, overrides, required={"name": "unnamed"})
+
+
+def read_recipe(
+    kind: type[AnyRecipe], name_or_path: str, overrides: Sequence[str] | None, *, required: dict[str, Any]
+) -> AnyRecipe:
+    """Read a file of one kind of recipe; a recipe without a name takes that of its file.
+
+    Args:
+        kind: section that describes the whole file.
+        name_or_path: a TOML file, or the name of a shipped recipe.
+        overrides: `--set` arguments.
+        required: values that stand in for required fields while the rest of the file is checked.
+
+    Raises:
+        ConfigError: lists all errors, one line per field.
+    """
     path = recipe_path(name_or_path)
     content = read_toml(path)
     content.setdefault("name", path.stem)
-    problems = lay_over(content, overrides or [], Recipe)
-    return parse_recipe(content, source=str(path), problems=problems)
+    problems = lay_over(content, list(overrides or ()), kind)
+    return parse_section(kind, content, source=str(path), problems=problems, required=required)
 
 
 def parse_recipe(content: dict[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:

@@ -1,1 +1,1 @@
-"""What a team decides by: the page about a model, and the gates before an alias moves to it."""
+"""The page about a model that a team decides by, and the gates that it passes before an alias moves to it."""

@@ -40,7 +40,7 @@ class AccuracyPolicy(Section):
 
 
 class BiasPolicy(Section):
-    """Which findings of a bias report stop a promotion."""
+    """Limits on the findings of a bias report; a finding beyond them stops a promotion."""
 
     needs_review: bool = True
     """Whether every significant finding must have a decision in the review file."""
@@ -51,7 +51,7 @@ class BiasPolicy(Section):
 
 
 class Policy(Section):
-    """What a model must show before an alias moves to it."""
+    """Gates that a model must pass before an alias moves to it."""
 
     gates: tuple[GateName, ...] = GATES
     """Gates that every candidate must pass."""

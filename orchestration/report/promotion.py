@@ -34,7 +34,7 @@ Outcome = Literal["promoted", "refused", "unchanged", "passed"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a promotion decided, and why.
+    """Outcome of a promotion with its reasons.
 
     Attributes:
         outcome: promoted; refused by a gate; unchanged, because the alias pointed to it before; passed, in a dry run.
@@ -62,7 +62,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class AliasCheck:
-    """Whether an alias points to the version that was last promoted.
+    """Comparison of an alias with the version that was last promoted to it.
 
     Attributes:
         state: verified; none, where no version has the alias; unverified, where something else moved it or changed

@@ -1,4 +1,4 @@
-"""What a report is about: a model or a family, and everything that is stored about it in S3 and MLflow."""
+"""The subject of a report: a model or a family, and everything that S3 and MLflow store about it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Subject:
 
     @property
     def marks(self) -> list[str]:
-        """What must stand beside every figure: random weights, generated data or answers; empty where all is real."""
+        """Cautions to print beside every figure: random weights, generated data or answers; empty if all is real."""
         models = [document["model"] for document in self.documents.evaluations[:1]]
         found = marks_of(self.card, self.result, *models)
         if any(model.get("is_random_weights") for model in models) and not any("random" in mark for mark in found):

@@ -111,7 +111,7 @@ ANSWER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one work item; the fields are those of ANSWER_SCHEMA."""
+    """Stored outcome of one work item; the fields are those of ANSWER_SCHEMA."""
 
     key: str
     task: str

@@ -33,7 +33,7 @@ OnProgress = Callable[[int], None]
 
 @dataclass
 class Budget:
-    """What may still be spent: a worst case is set aside for every item before it is sent."""
+    """Budget that is left. The worst case of every item is set aside before the item is sent."""
 
     config: BudgetConfig
     ledger: AnswerLedger

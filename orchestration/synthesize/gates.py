@@ -35,7 +35,7 @@ _WORD = re.compile(r"\w+(?:['\u2019]\w+)?")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gates say of one answer.
+    """Decision of the gates about one answer.
 
     Attributes:
         code: None for an answer that may become a record.

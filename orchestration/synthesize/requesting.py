@@ -129,7 +129,7 @@ class Limiter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request.
+    """Outcome of one request to a teacher.
 
     Attributes:
         code: None for an answer.

@@ -84,7 +84,7 @@ class SynthesisResult:
 
 @dataclass
 class Asked:
-    """What a start has asked so far.
+    """Progress of one start of a synthesis.
 
     Attributes:
         seconds: that teachers were at work.

@@ -19,8 +19,7 @@ from pydantic import (
 
 from orchestration.data.ingest_rules import Task
 from orchestration.data.tasks import PoolConfig
-from orchestration.recipe.recipe import recipe_path
-from orchestration.recipe.toml_sections import lay_over, parse_section, read_toml
+from orchestration.recipe.recipe import read_recipe
 from tinyemo.config import Section
 from tinyemo.errors import ConfigError
 from tinyemo.taxonomies import TaxonomyChoice
@@ -147,7 +146,7 @@ class BudgetConfig(Section):
 
 
 class RetryConfig(Section):
-    """Which requests are given again, and when the run gives up."""
+    """Rules for repeating failed requests and for giving the run up."""
 
     max_attempts: PositiveInt = 4
     """Requests for one answer, repairs aside."""
@@ -160,7 +159,7 @@ class RetryConfig(Section):
 
 
 class GatesConfig(Section):
-    """Which answers become records."""
+    """Conditions under which an answer becomes a record."""
 
     language: str = "en"
     """ISO 639-1 code that answers are written in; empty checks none."""
@@ -263,14 +262,10 @@ def load_synthesis(name_or_path: str, overrides: list[str] | None = None) -> Syn
     Raises:
         ConfigError: lists all errors, one line per field.
     """
-    path = recipe_path(name_or_path)
-    content = read_toml(path)
-    content.setdefault("name", path.stem)
-    problems = lay_over(content, overrides or [], SynthesisRecipe)
     required: dict[str, Any] = {
         "name": "unnamed",
         "images": {"source": "images"},
         "tasks": {"caption": {}},
         "teachers": {"stand-in": {"kind": "transformers", "model": "stand-in"}},
     }
-    return parse_section(SynthesisRecipe, content, source=str(path), problems=problems, required=required)
+    return read_recipe(SynthesisRecipe, name_or_path, overrides, required=required)

@@ -171,7 +171,7 @@ def _held_out_texts(uri: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a synthesis leaves besides its ledger.
+    """Results that a synthesis stores besides its ledger.
 
     Attributes:
         folder: S3 folder of the synthesis.

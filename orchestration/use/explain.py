@@ -98,15 +98,6 @@ class Explainer:
                     f"{conflict}; give another with --projector, or the label itself with --label"
                 )
 
-    def cautions(self) -> list[str]:
-        """Return the lines that must stand beside every explanation."""
-        config = self.model.config
-        return [
-            f"RANDOM WEIGHTS: {part} was never trained, its texts mean nothing."
-            for part, weights in (("the language model", config.llm_weights), ("the tower", config.vision_weights))
-            if weights == "random"
-        ]
-
     @torch.inference_mode()
     def explain(
         self, images: Mapping[str, bytes], words: Sequence[str], *, label: str | None = None, max_new_tokens: int = 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,25 @@ def digest_of_export(location: str) -> str:
     files = sorted(path for path in Path(location).rglob("*") if path.is_file())
     files = [path for path in files if not about & set(path.relative_to(location).parts)]
     return hashlib.sha256("".join(f"{path.name} {sha256_of_file(path)}\n" for path in files).encode()).hexdigest()
+
+
+def weight_cautions(location: str) -> list[str]:
+    """Return the lines that must stand beside every text of an exported reasoning model; none if all weights are real.
+
+    Args:
+        location: what `find_export` found. Only the configuration is read where the model is in S3 or a folder.
+    """
+    if location.startswith("s3://"):
+        from orchestration.services.storage import read_json
+
+        config = read_json(f"{location}/config.json")
+    else:
+        config = json.loads((fetch_export(location, "model") / "config.json").read_text(encoding="utf-8"))
+    return [
+        f"RANDOM WEIGHTS: {part} was never trained, its texts mean nothing."
+        for part, key in (("the language model", "llm_weights"), ("the vision tower", "vision_weights"))
+        if config.get(key) == "random"
+    ]
 
 
 def find_images(locations: Sequence[str]) -> tuple[list[str], bool]:

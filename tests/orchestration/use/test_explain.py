@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orchestration.data.oasis import OasisRules, Photograph, build_records
 from orchestration.use.explain import ANSWER, REQUEST, Explainer, reasoning_question
+from orchestration.use.locations import weight_cautions
 from tinyemo.config import ProjectorConfig
 from tinyemo.encoders import EncoderInfo, card_entries
 from tinyemo.errors import ConfigError, DataError
@@ -108,7 +110,6 @@ def test_the_projector_chooses_the_label_that_the_prompt_states(folder: Path, mo
     ids = [token for token in seen["input_ids"][0].tolist() if token >= 0]
     assert f"The correct label is {said.label}." in explainer.tokenizer.decode(ids)
     assert explainer.explain({"a.png": picture()}, WORDS, max_new_tokens=5) == [said]
-    assert "RANDOM WEIGHTS" in explainer.cautions()[0]
 
 
 def test_a_batch_says_what_each_image_alone_does(folder: Path) -> None:
@@ -165,3 +166,13 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     assert "8 bytes are no image" in torn.problem
     with pytest.raises(DataError, match="no exported reasoning model"):
         Explainer(tmp_path)
+
+
+def test_weights_that_were_never_trained_are_named(folder: Path, tmp_path: Path) -> None:
+    assert weight_cautions(str(folder)) == [
+        "RANDOM WEIGHTS: the language model was never trained, its texts mean nothing.",
+        "RANDOM WEIGHTS: the vision tower was never trained, its texts mean nothing.",
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "llm_weights": "real", "vision_weights": "real"}))
+    assert weight_cautions(str(tmp_path)) == []
